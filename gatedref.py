@@ -121,26 +121,29 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
     ValueError: as `attention`, and an unknown activation, a value_scale that is not above 0.
     Source: the post, section by section; `value_scale` is this reference's own.
     """
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
     if value_scale is not None:
         _number("value_scale", value_scale, "None or a finite number > 0", lambda s: s > 0)
     params, x = _checked_block(params, x, GATED_BLOCK)
-    block = {name: params[name] for name in BLOCK}
-    block["W_O"] = _unit(params["W_O"], axis=2)
-    if value_scale is None:
-        block["W_V"] = _unit(params["W_V"], axis=1)
-    else:
-        joined = np.concatenate([params["W_V"], params["b_V"][:, None, :]], axis=1)  # [H, D + 1, K]
-        joined = value_scale * _unit(joined, axis=1)
-        block["W_V"], block["b_V"] = joined[:, :-1], joined[:, -1]
+    block = {**{name: params[name] for name in BLOCK}, **normalised(params, value_scale)}
     gate_q, gate_k = (
         np.tensordot(x, params["W_gate_" + n], ([2], [1])) + params["b_gate_" + n] for n in "QK"
     )
     gate_scores = _dot(gate_q, gate_k)
-    gate = _ACTIVATIONS[activation](gate_scores)
+    gate = ACTIVATIONS[activation](gate_scores)
     gate_parts = {"gate_q": gate_q, "gate_k": gate_k, "gate_scores": gate_scores}
     return {**gate_parts, **_attend(block, x, gate)}
+
+
+def normalised(params, value_scale=None):
+    """The `W_V`, `b_V` and `W_O` that a gated block computes with, as `gated_attention` says."""
+    W_O = _unit(params["W_O"], axis=-1)
+    if value_scale is None:
+        return {"W_V": _unit(params["W_V"], axis=-2), "b_V": params["b_V"], "W_O": W_O}
+    joined = np.concatenate([params["W_V"], params["b_V"][..., None, :]], axis=-2)  # [H, D + 1, K]
+    joined = value_scale * _unit(joined, axis=-2)
+    return {"W_V": joined[..., :-1, :], "b_V": joined[..., -1, :], "W_O": W_O}
 
 
 def _unit(W, axis):
@@ -163,7 +166,7 @@ def _binary(s):
     return clamped + getval((s > 0.5) - clamped)  # the step's value, the clamp's derivative
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "clamp": _clamp,
     "relu": _relu,
     "tanh": lambda s: np.tanh(_relu(s)),
@@ -197,11 +200,16 @@ def lp_penalty(gate, p=0.6, *, causal=False):
     gate = _checked({"gate": gate}, {"gate": "BHTT"})["gate"]
     if (getval(gate) < 0).any():
         raise ValueError(f"gate must be >= 0, got {getval(gate).min()}")
-    norm = _power(_power(gate, p).sum(axis=1), 1 / p)  # [B, query, key]
+    norm = lp_norm(gate, p)  # [B, query, key]
     if not causal:
         return np.mean(norm)
     pairs = np.tri(norm.shape[1], dtype=bool)
     return (norm * pairs).sum() / (len(norm) * pairs.sum())
+
+
+def lp_norm(gate, p):
+    """(sum over heads of gate^p)^(1/p), of gates [..., H, query, key]."""
+    return _power(_power(gate, p).sum(axis=-3), 1 / p)
 
 
 def _power(base, exponent):
@@ -284,7 +292,8 @@ def init_params(n_heads, d_model, d_head, seed=0, d_gate=None):
 def transformer(layers, tokens, *, activation="clamp", value_scale=None):
     """A model of attention blocks alone, which reads and writes tokens one-hot.
 
-        residual = onehot(tokens);  for each layer: residual += attn_out(residual);  logits = residual
+        residual = onehot(tokens), then residual += attn_out(residual) layer by layer
+        logits   = residual
 
     layers: a list of parameter dicts with D = V, each gated (with `W_gate_Q`, ...) or not. tokens:
     integers [B, T] in [0, V). The options are those of `gated_attention`, for every gated layer.
@@ -346,8 +355,8 @@ def sample_skip_trigrams(n_trigrams, n_sequences, n_positions=11, seed=0):
     is BOS. Then, from left to right, each token is uniform over all V, BOS included, until a 0 is
     drawn: that arms the sequence, and draws go on over 1 to V - 1 until a B, say i, is drawn; the
     next token is then i + n, not drawn, and the sequence is disarmed. A B on the last position
-    leaves no room for its C. What must be written depends on the query token B alone, and the
-    source token is 0 in every trigram: an OV circuit, which sees the source, cannot tell them apart.
+    leaves no room for its C. In every trigram the source token is 0, and what must be written
+    depends on the query token B: an OV circuit, which sees the source alone, cannot tell them apart.
 
     n_trigrams, n_sequences, n_positions: whole numbers >= 1. seed: a whole number >= 0.
     Returns `tokens`, integers [S, T], and `completes`, booleans [S, T]: true at the B of each
@@ -370,11 +379,12 @@ def sample_skip_trigrams(n_trigrams, n_sequences, n_positions=11, seed=0):
 def holders(result, answers, threshold=0.99):
     """The smallest sets of heads that hold an answer, by the published rule for one head.
 
-    A set A of one head or more holds the answer when, on more than `threshold` of the sequences, every set R of heads
-    with A in R, and R not all heads, has np.argmax over V of (sum over R of result) = answer: all
-    those R at once, so that the answer survives whatever else is removed. The set of all heads,
-    from which nothing is removed, holds it when their own sum is right as often. An answer that the
-    model gets right and that no single head holds is distributed: it is in superposition.
+    A set A of one head or more holds the answer when, on more than `threshold` of the sequences,
+    every set R of heads with A in R, and R not all heads, has np.argmax over V of (sum over R of
+    result) = answer: all those R at once, so that the answer survives whatever else is removed.
+    The set of all heads, from which nothing is removed, holds it when their own sum is right as
+    often. An answer that the model gets right and that no single head holds is distributed: it is
+    in superposition.
 
     result: [S, H, V], each head's output at one position of each sequence, H <= 16 (the 2^H sets
     are all tried). answers: integers [S] in [0, V). threshold: a number in [0, 1).
@@ -416,8 +426,8 @@ def holders(result, answers, threshold=0.99):
 
 
 def _checked(values, axes):
-    """The named values as arrays of floats, each with the axes that `axes` spells, a letter an axis:
-    a letter has one size throughout, so no size can be made up by broadcasting."""
+    """The named values as arrays of floats, each with the axes that `axes` spells, a letter for
+    each: a letter has one size throughout, so no size is ever made up by broadcasting."""
     arrays, sizes = {}, {}
     for name, letters in axes.items():
         value = values[name]
@@ -433,10 +443,9 @@ def _checked(values, axes):
         for letter, size in zip(letters, array.shape):
             expected, owner = sizes.setdefault(letter, (size, name))
             if size != expected or size == 0:
-                at_least = "needs at least 1" if size == 0 else f"{owner} has {expected}"
-                raise ValueError(
-                    f"{name} has {size} along {letter}, where {at_least}; its shape is {array.shape}"
-                )
+                wanted = "at least 1 is needed" if size == 0 else f"{owner} has {expected}"
+                shape = f"its shape is {array.shape}"
+                raise ValueError(f"{name} has {size} along {letter}, where {wanted}; {shape}")
         if not np.isfinite(array).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
             raise ValueError(f"{name} must be finite, got {array[where]} at {where}")
