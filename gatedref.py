@@ -248,6 +248,7 @@ def loss_and_grad(params, x, target, alpha, **options):
         return scalars["loss"], scalars
 
     gradient, scalars = grad_and_aux(objective)(params)
+    scalars = {name: getval(scalar) for name, scalar in scalars.items()}
     return scalars, {name: gradient[name].astype(params[name].dtype) for name in params}
 
 
@@ -356,7 +357,7 @@ def sample_skip_trigrams(n_trigrams, n_sequences, n_positions=11, seed=0):
     drawn: that arms the sequence, and draws go on over 1 to V - 1 until a B, say i, is drawn; the
     next token is then i + n, not drawn, and the sequence is disarmed. A B on the last position
     leaves no room for its C. In every trigram the source token is 0, and what must be written
-    depends on the query token B: an OV circuit, which sees the source alone, cannot tell them apart.
+    depends on the query token B: an OV circuit, which sees only the source, cannot tell them apart.
 
     n_trigrams, n_sequences, n_positions: whole numbers >= 1. seed: a whole number >= 0.
     Returns `tokens`, integers [S, T], and `completes`, booleans [S, T]: true at the B of each
