@@ -319,3 +319,250 @@ def test_value_scale_closes_the_hole_in_the_objective():
     assert_close(repaired[0], published[0]["loss"], 13)
     assert published[-1]["loss"] < 1e-4 + 1e-3 * published[0]["loss"]
     assert repaired[0] < repaired[1] < repaired[2] < repaired[3]
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"value_scale": 4}, {"activation": "relu"}, {"activation": "tanh"}, {"causal": True}]
+    + [{"p": p, "causal": p == 2} for p in (0.5, 1, 2)],
+)
+def test_gradients_equal_central_differences_to_8_digits(options):
+    params, x = randoms(GATED, 48, 0.7, **SMALL), randoms("BTD", 1, **SMALL)
+    target = randoms("BTD", 2, **SMALL)
+    scores = gatedref.gated_attention(params, x)["gate_scores"]
+    assert np.abs(scores).min() > 0.01 and np.abs(scores - 1).min() > 0.01  # away from the kinks
+    scalars, gradient = gatedref.loss_and_grad(params, x, target, 0.3, **options)
+    assert_same(scalars, gatedref.loss(params, x, target, 0.3, **options))
+
+    def loss(params, x):
+        return gatedref.loss(params, x, target, 0.3, **options)["loss"]
+
+    assert_close(gradient, slopes(lambda params: loss(params, x), params), 8)
+    assert_close(grad(lambda x: loss(params, x))(x), slopes(lambda x: loss(params, x), x), 8)
+
+
+def test_gradients_of_attention_and_of_a_model_equal_central_differences():
+    layers = [randoms(UNGATED, 3, 0.7, **SMALL), randoms(GATED, 4, 0.7, **SMALL)]
+    x, weights = randoms("BTD", 1, **SMALL), randoms("BTD", 2, **SMALL)
+
+    def attn(params, x):
+        return (gatedref.attention(params, x)["attn_out"] * weights).sum()
+
+    def model(layers):
+        return (gatedref.transformer(layers, [[0, 2, 1], [1, 0, 0]])["logits"] * weights).sum()
+
+    for i in (0, 1):
+        by_model = slopes(lambda p, i=i: model([*layers[:i], p, *layers[i + 1 :]]), layers[i])
+        assert_close(grad(model)(layers)[i], by_model, 8)
+    assert_close(grad(attn)(layers[0], x), slopes(lambda p: attn(p, x), layers[0]), 8)
+    assert_close(grad(attn, 1)(layers[0], x), slopes(lambda x: attn(layers[0], x), x), 8)
+
+
+def test_second_derivatives_equal_differences_of_first_ones():
+    params, x = randoms(GATED, 48, 0.7, **SMALL), randoms("BTD", 1, **SMALL)
+
+    def loss(W, values=params):
+        return gatedref.loss({**values, "W_V": W}, x, x, 0.3)["loss"]
+
+    def first(W):
+        return gatedref.loss_and_grad({**params, "W_V": W}, x, x, 0.3)[1]["W_V"]
+
+    W = params["W_V"]
+    expected = slopes(lambda W: (first(W) ** 2).sum(), W)
+    assert_close(grad(lambda W: (first(W) ** 2).sum())(W), expected, 7)
+    assert_close(grad(lambda W: (grad(loss)(W) ** 2).sum())(W), expected, 7)
+    assert_close(jacobian(first)(W), jacobian(grad(loss))(W), 12)
+
+
+@pytest.mark.parametrize(
+    "activation, cases",  # a score: the gate and its derivative
+    [
+        ("clamp", {-1e-9: (0, 0), 0: (0, 1), 0.4: (0.4, 1), 1: (1, 1), 1 + 1e-9: (1, 0)}),
+        ("relu", {-1: (0, 0), 0: (0, 0), 1e-9: (1e-9, 1), 3: (3, 1)}),
+        ("tanh", {-1: (0, 0), 0: (0, 0), 2: (math.tanh(2), 1 - math.tanh(2) ** 2)}),
+        ("binary", {-1e-9: (0, 0), 0: (0, 1), 0.5: (0, 1), 0.5 + 1e-9: (1, 1)}),
+        ("binary", {0.3: (0, 1), 1: (1, 1), 1 + 1e-9: (1, 0)}),
+    ],
+)
+def test_each_activation_has_its_stated_derivative_also_at_its_kinks(activation, cases):
+    def gate(b):
+        block = gatedref.gated_attention(one_head(b_gate_Q=b), [[[1, 0]]], activation=activation)
+        return block["gate"].sum()
+
+    for score, (value, slope) in cases.items():
+        b = np.array([[float(score)]])
+        assert gate(b) == pytest.approx(value, 1e-15, 0)
+        assert grad(gate)(b) == pytest.approx(slope, 1e-14, 0)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.6, 1, 2])
+def test_a_closed_gate_has_no_gradient(p):
+    gate = np.maximum(randoms("BHTT"), 0)
+    gate[0, :, 1, 2] = 0  # a pair that every head leaves closed
+    gradient = grad(gatedref.lp_penalty)(gate, p)
+    sums = (gate**p).sum(axis=1, keepdims=True)
+    for i in np.ndindex(gate.shape):
+        b, _, q, k = i
+        expected = gate[i] ** (p - 1) * sums[b, 0, q, k] ** (1 / p - 1) / 18 if gate[i] else 0
+        assert gradient[i] == pytest.approx(expected, 1e-13, 0)
+    assert not grad(gatedref.lp_penalty)(np.zeros((2, 4, 3, 3)), p).any()
+    causal = grad(lambda g: gatedref.lp_penalty(g, p, causal=True))(gate)
+    assert_close(causal, np.tril(gradient) * 18 / 12, 14)
+
+
+def test_a_block_whose_gates_are_closed_has_no_gradient_and_no_nan():
+    params, x = randoms(GATED), randoms("BTD", 1)
+    params["W_gate_Q"][:], params["b_gate_Q"][:], params["b_gate_K"][:] = 0, -1, 1
+    params["W_gate_K"][:] = 0
+    for p in (0.5, 0.6, 1, 2):
+        scalars, gradient = gatedref.loss_and_grad(params, x, x, 0.3, p=p)
+        assert scalars["penalty"] == 0
+        assert all((g == 0).all() for g in gradient.values())
+
+
+@pytest.mark.parametrize("length", [0, 1e-300, 0.99e-12, 1.01e-12, 1e-6, 1])
+@pytest.mark.parametrize("name", ["W_V", "W_O", "W_V and b_V"])
+def test_a_norm_below_1e_minus_12_counts_as_a_constant(name, length):
+    y, u = np.array([2.0, 1.0]), np.array([0.6, 0.8])
+
+    def written(w):  # y . w / max(|w|, 1e-12), read off a block
+        x, options, weights = [[y]], {}, [1, 0]
+        if name == "W_V":
+            params = one_head(1, W_V=w.reshape(1, 2, 1))
+        elif name == "W_O":
+            params, x, weights = one_head(1, W_O=w.reshape(1, 1, 2)), [[[1, 0]]], y
+        else:  # the second component is the bias
+            W_V, b_V = (w * [1, 0]).reshape(1, 2, 1), w[1].reshape(1, 1)
+            params, options = one_head(1, W_V=W_V, b_V=b_V), {"value_scale": 1}
+        return (gatedref.gated_attention(params, x, **options)["attn_out"] * weights).sum()
+
+    w = length * u
+    norm = max(length, 1e-12)
+    slope = y / 1e-12 if length < 1e-12 else (y - (y @ u) * u) / length
+    assert written(w) == pytest.approx(y @ w / norm, 1e-13)
+    assert_close(grad(written)(w), slope, 13)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"value_scale": 3}, {"p": 1, "causal": True}, {"activation": "relu", "value_scale": 0.5}],
+)
+def test_a_plain_pytorch_block_agrees_to_12_digits_and_in_gradients_to_10(options):
+    torch = pytest.importorskip("torch")
+    params, x = randoms(GATED), randoms("BTD", 1)
+    params["W_gate_Q"][:2], params["W_gate_K"][:2] = 0, 0  # gate scores of 0 and of 1, exactly
+    params["b_gate_Q"][:2], params["b_gate_K"][:2] = [[0] * 7, [1] + [0] * 6], 1
+    params["W_V"][0, :, 0] = params["b_V"][0, 0] = params["W_O"][1, 0] = 0  # below the floor
+    target = randoms("BTD", 2)
+    P = {n: torch.tensor(a, requires_grad=True) for n, a in {**params, "x": x}.items()}
+
+    def linear(name):
+        return torch.einsum("btd,hdk->bhtk", P["x"], P["W_" + name]) + P["b_" + name][:, None]
+
+    def unit(W, dim):
+        return torch.nn.functional.normalize(W, dim=dim)
+
+    q, k, gate_q, gate_k = (linear(name) for name in ("Q", "K", "gate_Q", "gate_K"))
+    future = torch.triu(torch.ones(3, 3, dtype=torch.bool), 1)
+    scores = (q @ k.mT / 6**0.5).masked_fill(future, -1e5)
+    gate_scores = gate_q @ gate_k.mT
+    gate = gate_scores.relu() if "activation" in options else gate_scores.clamp(0, 1)
+    if "value_scale" in options:
+        joined = options["value_scale"] * unit(torch.cat([P["W_V"], P["b_V"][:, None]], 1), 1)
+        W_V, b_V = joined[:, :-1], joined[:, -1:]
+    else:
+        W_V, b_V = unit(P["W_V"], 1), P["b_V"][:, None]
+    v = torch.einsum("btd,hdk->bhtk", P["x"], W_V) + b_V
+    attn_out = ((gate * scores.softmax(-1)) @ v @ unit(P["W_O"], 2)).sum(1)
+    p, is_open = options.get("p", 0.6), gate > 0
+    powers = (torch.where(is_open, gate, 1.0) ** p * is_open).sum(1)
+    norm = torch.where(powers > 0, powers, 1.0) ** (1 / p) * (powers > 0)
+    penalty = norm[:, ~future].mean() if options.get("causal") else norm.mean()
+    mse = ((attn_out - torch.tensor(target)) ** 2).mean()
+    (mse + 0.3 * penalty).backward()
+
+    block = {n: options[n] for n in ("activation", "value_scale") if n in options}
+    out = gatedref.gated_attention(params, x, **block)
+    assert (out["gate_scores"][:, 0] == 0).all() and (out["gate_scores"][:, 1] == 1).all()
+    assert_close(out["gate"], gate.detach().numpy(), 12)
+    assert_close(out["attn_out"], attn_out.detach().numpy(), 12)
+    scalars, gradient = gatedref.loss_and_grad(params, x, target, 0.3, **options)
+    assert scalars["mse"] == pytest.approx(mse.item(), 1e-12)
+    assert scalars["penalty"] == pytest.approx(penalty.item(), 1e-12)
+    gradient["x"] = grad(lambda x: gatedref.loss(params, x, target, 0.3, **options)["loss"])(x)
+    # A column below the floor has a gradient of 1e12: the two kinds are compared apart.
+    for name, g in gradient.items():
+        expected = P[name].grad.numpy()
+        huge = np.abs(expected) > 1e6
+        assert_close(np.where(huge, g, 0), np.where(huge, expected, 0), 10)
+        np.testing.assert_allclose(g[~huge], expected[~huge], rtol=0, atol=1e-10)
+
+
+def test_gradients_of_large_and_tiny_values_are_the_gradient_divided_by_their_size():
+    params, x = randoms(GATED, scale=1), randoms("BTD", 1)
+    out = gatedref.gated_attention(params, x)["attn_out"]
+    _, gradient = gatedref.loss_and_grad(params, x, x, 0.1)
+    for size in (1e-10, 1e10, 1e149):
+        scaled = {**params, "W_V": params["W_V"] * size, "W_O": params["W_O"] * size}
+        assert_close(gatedref.gated_attention(scaled, x)["attn_out"], out, 13)
+        _, by_size = gatedref.loss_and_grad(scaled, x, x, 0.1)
+        for name in params:
+            unit = size if name in ("W_V", "W_O") else 1
+            np.testing.assert_allclose(by_size[name] * unit, gradient[name], atol=1e-12)
+    scaled = {**params, "W_V": params["W_V"] * 1e-200}
+    out = gatedref.gated_attention(scaled, x)
+    assert_close(out["v"], np.broadcast_to(params["b_V"], out["v"].shape), 15)
+
+
+# Numbers at the edge
+
+
+def test_the_softmax_of_scores_of_plus_and_minus_10000_has_12_digits():
+    scores = [1e4, 1e4 - 0.5, -1e4, 1e4 + 1, 9990, -1e4]
+    params = one_head()
+    params["W_Q"][0, :, 0], params["W_K"][0, :, 0] = [0, 100], [1, 0]
+    x = np.stack([np.array(scores) / 100, np.ones(6)], axis=1)[None]
+    pattern = gatedref.attention({n: params[n] for n in UNGATED}, x)["pattern"][0, 0]
+    with localcontext() as context:
+        context.prec = 60
+        weights = [Decimal(s).exp() for s in (x[0, :, 0] * 100).tolist()]
+        expected = [[float(w / sum(weights[: i + 1])) for w in weights] for i in range(6)]
+    np.testing.assert_allclose(pattern, np.tril(expected), rtol=1e-12, atol=1e-300)
+    gradient = grad(lambda p: gatedref.gated_attention(p, x)["attn_out"].sum())(params)
+    assert all(np.isfinite(g).all() for g in gradient.values())
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [[1e-300], [1e-300, 3e-300], [5e-324, 0], [1e-310, 0.3, 0], [1e-320, 1], [1e-308, 1e-300]],
+)
+def test_the_penalty_of_the_smallest_gates_has_13_digits(gates):
+    gate = np.reshape(gates, (1, -1, 1, 1))
+    with localcontext() as context:
+        context.prec = 60
+        p = Decimal.from_float(0.6)
+        powers = [Decimal(g) ** p if g else 0 for g in gates]
+        penalty = sum(powers) ** (1 / p)
+        slopes = [Decimal(g) ** (p - 1) * sum(powers) ** (1 / p - 1) if g else 0 for g in gates]
+    assert float(gatedref.lp_penalty(gate)) == pytest.approx(float(penalty), 1e-13, 5e-324)
+    gradient = grad(gatedref.lp_penalty)(gate).ravel()
+    np.testing.assert_allclose(gradient, [float(s) for s in slopes], rtol=1e-13)
+
+
+def test_one_position_of_one_head_attends_to_itself_alone():
+    out = gatedref.gated_attention(one_head(0.25), [[[3, 4]]])
+    assert out["pattern"].item() == 1 and out["attn_out"].tolist() == [[[0.75, 0]]]
+    assert gatedref.lp_penalty(out["gate"]) == pytest.approx(0.25, 1e-15)
+
+
+def test_equal_scores_over_1000_positions_give_running_means():
+    x = randoms("BTD", B=1, T=1000, D=2)
+    out = gatedref.gated_attention(one_head(0.5), x)
+    means = np.cumsum(x[0, :, 0]) / np.arange(1, 1001)
+    assert_close(out["attn_out"][0, :, 0], means / 2, 13)
+    for causal in (False, True):
+        assert gatedref.lp_penalty(out["gate"], causal=causal) == pytest.approx(0.5, 1e-13)
