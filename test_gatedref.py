@@ -566,3 +566,284 @@ def test_equal_scores_over_1000_positions_give_running_means():
     assert_close(out["attn_out"][0, :, 0], means / 2, 13)
     for causal in (False, True):
         assert gatedref.lp_penalty(out["gate"], causal=causal) == pytest.approx(0.5, 1e-13)
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_parameters_have_their_shapes_and_zero_gate_biases():
+    sizes = {"n_heads": 4, "d_model": 5, "d_head": 6}
+    ungated, gated = gatedref.init_params(**sizes), gatedref.init_params(**sizes, d_gate=7)
+    for params, axes in ((ungated, UNGATED), (gated, GATED)):
+        shapes = {name: [SIZES[a] for a in letters] for name, letters in axes.items()}
+        assert {name: list(a.shape) for name, a in params.items()} == shapes
+        assert all(a.dtype == np.float64 for a in params.values())
+    assert not gated["b_gate_Q"].any() and not gated["b_gate_K"].any()
+    assert all((ungated[name] == gated[name]).all() for name in UNGATED)
+
+
+def test_one_seed_gives_the_same_bits_and_another_gives_others():
+    first, again = (gatedref.init_params(4, 5, 6, seed=3, d_gate=2) for _ in range(2))
+    other, default = (gatedref.init_params(4, 5, 6, d_gate=2, **s) for s in ({"seed": 4}, {}))
+    zero = gatedref.init_params(4, 5, 6, seed=0, d_gate=2)
+    for name, a in first.items():
+        assert a.tobytes() == again[name].tobytes()
+        assert default[name].tobytes() == zero[name].tobytes()
+        assert name.startswith("b_gate") or not np.isclose(a, other[name]).any()
+
+
+@pytest.mark.parametrize(
+    "names, fans",
+    [("W_Q W_K W_V", (40 + 30) * 20), ("W_O", (40 + 20) * 30), ("b_Q b_K b_V", 40 + 20)],
+)
+def test_weights_and_biases_are_xavier_normal_within_5_sigma(names, fans):
+    params = gatedref.init_params(n_heads=40, d_model=30, d_head=20)
+    for a in (params[name] / math.sqrt(2 / fans) for name in names.split()):
+        assert abs(a.mean()) < 5 / a.size**0.5
+        assert abs(a.var() - 1) < 5 * (2 / a.size) ** 0.5
+        assert abs((a**4).mean() - 3) < 5 * (96 / a.size) ** 0.5
+
+
+@pytest.mark.parametrize("n_heads, d_gate", [(3, 1), (3, 2), (10, 2), (12, 2), (30, 2)])
+def test_gate_weights_are_orthonormal_across_the_heads(n_heads, d_gate):
+    params = gatedref.init_params(n_heads, 6, 2, d_gate=d_gate)
+    for name in ("W_gate_Q", "W_gate_K"):
+        rows = params[name].reshape(n_heads, 6 * d_gate)
+        product = rows @ rows.T if n_heads <= 6 * d_gate else rows.T @ rows
+        assert_close(product, np.eye(len(product)), 14)
+    assert not np.isclose(params["W_gate_Q"], params["W_gate_K"]).any()
+
+
+@pytest.mark.parametrize("kinds", [[UNGATED], [GATED], [UNGATED, GATED], [GATED, UNGATED, GATED]])
+def test_a_transformer_adds_each_layer_to_the_residual_stream(kinds):
+    options = {"activation": "tanh", "value_scale": 2}
+    layers = [randoms(axes, seed, H=seed + 1) for seed, axes in enumerate(kinds)]
+    tokens = [[0, 4, 2], [1, 1, 3]]
+    out = gatedref.transformer(layers, tokens, **options)
+    residual = table((2, 3, 5), lambda b, t, v: tokens[b][t] == v)
+    assert len(out["blocks"]) == len(layers)
+    for params, block in zip(layers, out["blocks"]):
+        gated = "W_gate_Q" in params
+        naive = naive_block(params, residual, *(("tanh", 2) if gated else ()))
+        assert block.keys() == naive.keys()
+        for name in naive:
+            assert_close(block[name], naive[name], 12)
+        residual = residual + naive["attn_out"]
+    assert_close(out["logits"], residual, 13)
+    published = gatedref.transformer(tuple(layers[:1]), tokens)["blocks"][0]["attn_out"]
+    first = naive_block(layers[0], np.eye(5)[tokens], *["clamp"] * (kinds[0] is GATED))
+    assert_close(published, first["attn_out"], 13)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_two_handmade_heads_hold_the_first_and_last_trigram_and_share_the_others(n):
+    tokens, completes = gatedref.sample_skip_trigrams(n, 2000)
+    out = gatedref.transformer([gatedref.handmade_superposition(n)], tokens)
+    s, t = np.nonzero(completes)
+    trigram = tokens[s, t]
+    assert set(trigram) == set(range(1, n + 1))
+    assert (out["logits"][s, t].argmax(axis=1) == trigram + n).all()
+    for i in range(1, n + 1):
+        result = out["blocks"][0]["result"][s, t][trigram == i]
+        held = {1: [(0,)], n: [(1,)]}.get(i, [(0, 1)])
+        assert gatedref.holders(result, np.full(len(result), i + n)) == held
+    elsewhere = out["blocks"][0]["attn_out"][~completes & (tokens > n)]
+    assert np.abs(elsewhere).max() < 1e-3  # other queries barely attend to token 0
+
+
+def test_handmade_heads_write_at_the_stated_angles_with_the_stated_weights():
+    params = gatedref.handmade_superposition(3)
+    assert {name: a.shape for name, a in params.items()} == {
+        name: tuple({"H": 2, "D": 8, "K": 1}[a] for a in axes) for name, axes in UNGATED.items()
+    }
+    # After BOS and 0, the weights of token 0 are 1e-6 (cos, sin) to 1 for BOS and 1 for B itself.
+    for i, degrees in enumerate((15, 45, 75), start=1):
+        block = gatedref.transformer([params], [[7, 0, i]])["blocks"][0]
+        weights = [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
+        assert block["pattern"][0, :, 2, 1] * 2e6 == pytest.approx(weights, 1e-6)
+        expected = [50 * math.cos(math.radians(degrees - d)) for d in (15, 45, 75)]
+        assert block["attn_out"][0, 2, 4:7] == pytest.approx(expected, 1e-6)
+        assert not block["attn_out"][0, 2, [0, 1, 2, 3, 7]].any()
+
+
+# ------------------------------------------------------------------------------------------------
+# The task, and who holds what
+
+
+def rewalk(n, sequence):
+    """What the law makes of a sequence: a (state, token) for each token drawn, and where a trigram
+    completes. Fails where the law forbids the sequence."""
+    assert sequence[0] == 2 * n + 1
+    armed, forced, draws, completes = False, None, [], [False]
+    for token in sequence[1:]:
+        assert 0 <= token <= 2 * n + 1
+        if forced is not None:
+            assert token == forced
+            forced = None
+            completes.append(False)
+            continue
+        draws.append(("armed" if armed else "plain", token))
+        completes.append(armed and 1 <= token <= n)
+        if armed:
+            assert token != 0
+        if completes[-1]:
+            armed, forced = False, token + n
+        elif token == 0:
+            armed = True
+    return draws, completes
+
+
+@pytest.mark.parametrize("n, n_positions", [(1, 11), (2, 11), (3, 2), (3, 1), (4, 30), (10, 50)])
+def test_every_sequence_obeys_the_law(n, n_positions):
+    tokens, completes = gatedref.sample_skip_trigrams(n, 400, n_positions, seed=1)
+    assert tokens.shape == completes.shape == (400, n_positions)
+    assert tokens.dtype.kind == "i" and completes.dtype == bool
+    for sequence, found in zip(tokens.tolist(), completes.tolist()):
+        assert rewalk(n, sequence)[1] == found
+    if n_positions > 10:
+        assert completes[:, -1].any() and completes.sum(axis=1).max() > 1
+
+
+def test_draws_are_uniform_over_all_tokens_and_when_armed_over_all_but_0_within_5_sigma():
+    n, vocabulary, n_sequences = 2, 6, 20000
+    tokens, completes = gatedref.sample_skip_trigrams(n, n_sequences)
+    draws = Counter(d for sequence in tokens.tolist() for d in rewalk(n, sequence)[0])
+    for state, allowed in (("plain", range(6)), ("armed", range(1, 6))):
+        total, chance = sum(draws[state, t] for t in range(6)), 1 / len(allowed)
+        for token in allowed:
+            sigma = math.sqrt(total * chance * (1 - chance))
+            assert abs(draws[state, token] - total * chance) < 5 * sigma
+    plain, armed, forced = 1, 0, 0  # the exact chance of each state, position by position
+    for t in range(1, 11):
+        done = armed * n / (vocabulary - 1)
+        sigma = math.sqrt(n_sequences * done * (1 - done))
+        assert abs(completes[:, t].sum() - n_sequences * done) <= 5 * sigma
+        to_armed = plain / vocabulary
+        plain, armed, forced = plain - to_armed + forced, armed - done + to_armed, done
+
+
+def test_one_draw_says_nothing_of_the_next_or_of_another_sequence():
+    tokens, _ = gatedref.sample_skip_trigrams(1, 32000, 3)
+    pairs = Counter((a, b) for _, a, b in tokens.tolist() if a)
+    total = sum(pairs.values())
+    assert len(pairs) == 12
+    for count in pairs.values():
+        assert abs(count - total / 12) < 5 * math.sqrt(total / 12)
+    same = (tokens[:-1, 1] == tokens[1:, 1]).sum()
+    assert abs(same - 32000 / 4) < 5 * math.sqrt(32000 * 3 / 16)
+
+
+def test_one_seed_gives_the_same_sequences_and_another_gives_others():
+    first, again, other, default = (
+        gatedref.sample_skip_trigrams(3, 50, **seed)
+        for seed in ({"seed": 0}, {"seed": 0}, {"seed": 1}, {})
+    )
+    assert (first[0] == again[0]).all() and (first[0] == default[0]).all()
+    assert (first[1] == again[1]).all() and (first[0] != other[0]).any(axis=1).mean() > 0.9
+    assert first[0].shape == (50, 11)
+
+
+def brute_holders(result, answers, threshold="0.99"):
+    """The definition, set by set and sequence by sequence, in whole numbers."""
+    n_heads, everyone = len(result[0]), tuple(range(len(result[0])))
+
+    def right(heads, r, answer):
+        sums = [sum(r[h][v] for h in heads) for v in range(len(r[0]))]
+        return sums.index(max(sums)) == answer
+
+    def holds(A, r, answer):
+        if A == everyone:
+            return right(everyone, r, answer)
+        rest = [h for h in everyone if h not in A]
+        removed = (set(c) for n in range(1, n_heads + 1) for c in itertools.combinations(rest, n))
+        return all(right([h for h in everyone if h not in out], r, answer) for out in removed)
+
+    for size in range(1, n_heads + 1):
+        sets = list(itertools.combinations(everyone, size))
+        counts = [sum(holds(A, r, a) for r, a in zip(result, answers)) for A in sets]
+        found = [
+            A for A, c in zip(sets, counts) if Fraction(c, len(result)) > Fraction(threshold)
+        ]
+        if found:
+            return found
+    return []
+
+
+@pytest.mark.parametrize(
+    "outputs, held",
+    [
+        ([[0, 5], [1, 0]], [(0,)]),  # the answer is token 1
+        ([[0, 5], [0, 3], [1, 0]], [(0,), (1,)]),
+        ([[0, 5], [9, 0], [0, 5]], [(0, 2)]),  # head 1 outvotes head 0, not heads 0 and 2
+        ([[0, 2], [0, 2], [3, 0]], [(0, 1)]),
+        ([[0, 2], [0, 2], [0, 2], [5, 0]], [(0, 1, 2)]),
+        ([[0, 2], [0, 2], [0, 2], [3, 0]], [(0, 1), (0, 2), (1, 2)]),
+        ([[0, 3], [4, 0], [0, 3], [1, 0]], [(0, 2)]),
+        ([[1, 0], [1, 0]], []),
+        ([[0, 1]], [(0,)]),
+        ([[1, 0]], []),
+        ([[1, 1], [0, 0]], []),  # a tie goes to the first token, 0
+        ([[2, 2], [0, 1]], [(1,)]),
+    ],
+)
+def test_the_fewest_heads_that_keep_the_answer_whatever_else_is_removed_hold_it(outputs, held):
+    assert gatedref.holders([outputs], [1]) == held
+    assert gatedref.holders(np.tile(outputs, (200, 1, 1)), np.ones(200, dtype=int)) == held
+    mirrored = [row[::-1] for row in outputs]
+    if all(a != b for a, b in outputs):
+        assert gatedref.holders([mirrored], [0]) == held
+
+
+def test_all_heads_hold_what_only_their_intact_sum_gets_right():
+    result = [[[4, 0, 3], [0, 4, 3]]]  # 4 4 6 together, yet wrong with either head removed
+    assert gatedref.holders(result, [2]) == [(0, 1)]
+    assert gatedref.holders(result, [0]) == [(0,)]  # head 0 alone says 0, whatever the two say
+
+
+def test_more_than_the_threshold_of_the_sequences_is_needed_not_just_as_many():
+    result = np.zeros((100, 2, 2))
+    result[:, 0, 1] = 1
+    answers = np.array([1] * 99 + [0])
+    assert gatedref.holders(result, answers) == []
+    assert gatedref.holders(result, answers, threshold=0.98) == [(0,)]
+    assert gatedref.holders(result[:99], answers[:99], threshold=0.999) == [(0,)]
+    assert gatedref.holders(result, np.array([0] * 50 + [1] * 50), threshold=0.5) == []
+    assert gatedref.holders(result, np.array([0] * 49 + [1] * 51), threshold=0.5) == [(0,)]
+    assert gatedref.holders(-result, answers, threshold=0) == [(0,), (1,)]
+    assert gatedref.holders(result, 0 * answers, threshold=0) == [(1,)]
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 4, 5])
+def test_holders_equal_every_set_tried_one_by_one(n_heads):
+    rng, found = np.random.default_rng(n_heads), Counter()
+    for case in range(60):
+        result = rng.integers(-3, 4, size=(4, n_heads, 3))
+        result[:, : case % (n_heads + 1), 1] += 3  # some heads favour token 1
+        answers = rng.integers(0, 3, size=4) if case % 3 else np.ones(4, dtype=int)
+        threshold = ["0", "0.25", "0.5", "0.7", "0.99"][case % 5]
+        expected = brute_holders(result.tolist(), answers.tolist(), threshold)
+        assert gatedref.holders(result, answers, float(threshold)) == expected
+        found[len(expected[0]) if expected else 0] += 1
+    assert len(found) > min(n_heads, 3)
+
+
+def test_many_sequences_are_counted_to_the_last():
+    rng = np.random.default_rng(0)
+    result = rng.integers(-3, 4, size=(600, 10, 3))  # more than is tried at a time
+    result[:, 4, 1] += 90
+    answers = np.ones(600, dtype=int)
+    answers[:6] = 0
+    assert gatedref.holders(result, answers) == []
+    answers[5] = 1
+    assert gatedref.holders(result, answers) == [(4,)]
+
+
+def test_16_heads_are_tried_and_17_are_refused():
+    result = np.zeros((30, 16, 3))
+    result[:, 3, 2] = result[:, 15, 2] = 2
+    result[:, 0, 0] = 3
+    assert gatedref.holders(result, [2] * 30) == [(3, 15)]
+    assert gatedref.holders(result + [0, 0, 9], [2] * 30) == [(h,) for h in range(16)]
+    with pytest.raises(ValueError, match="result must have at most 16 heads.*got 17"):
+        gatedref.holders(np.zeros((1, 17, 3)), [0])
