@@ -847,3 +847,259 @@ def test_16_heads_are_tried_and_17_are_refused():
     assert gatedref.holders(result + [0, 0, 9], [2] * 30) == [(h,) for h in range(16)]
     with pytest.raises(ValueError, match="result must have at most 16 heads.*got 17"):
         gatedref.holders(np.zeros((1, 17, 3)), [0])
+
+
+# ------------------------------------------------------------------------------------------------
+# The door
+
+
+def named(args):
+    return {name: args[name] for name in args if name in GATED or name.startswith("?")}
+
+
+# Each function that takes arrays: their axes, and the call.
+DOORS = {
+    "attention": ({**UNGATED, "x": "BTD"}, lambda a: gatedref.attention(named(a), a["x"])),
+    "gated_attention": (
+        {**GATED, "x": "BTD"},
+        lambda a: gatedref.gated_attention(named(a), a["x"]),
+    ),
+    "loss": (
+        {**GATED, "x": "BTD", "target": "BTD"},
+        lambda a: gatedref.loss(named(a), a["x"], a["target"], 0.1),
+    ),
+    "loss_and_grad": (
+        {**GATED, "x": "BTD", "target": "BTD"},
+        lambda a: gatedref.loss_and_grad(named(a), a["x"], a["target"], 0.1),
+    ),
+    "transformer": (
+        {**GATED, "tokens": "BT"},
+        lambda a: gatedref.transformer([named(a)], a["tokens"]),
+    ),
+    "lp_penalty": ({"gate": "BHTT"}, lambda a: gatedref.lp_penalty(a["gate"], causal=True)),
+    "holders": (
+        {"result": "SHV", "answers": "S"},
+        lambda a: gatedref.holders(a["result"], a["answers"]),
+    ),
+}
+INTEGERS = ("tokens", "answers")
+BLOCKS = [name for name in DOORS if "W_Q" in DOORS[name][0]]
+ARGUMENTS = [(function, name) for function in DOORS for name in DOORS[function][0]]
+
+
+def well_formed(function):
+    args = randoms(DOORS[function][0], 5)
+    for name in args:
+        if name in INTEGERS:
+            args[name] = (np.abs(args[name]) * 10).astype(int) % 5
+        if name == "gate":
+            args[name] = np.abs(args[name])
+    return args
+
+
+def refused(function, args, name):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        DOORS[function][1](args)
+
+
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_no_wrong_shape_becomes_a_number(function, name):
+    args, letters = well_formed(function), DOORS[function][0]
+    right, everywhere = args[name], "".join(letters.values())
+    DOORS[function][1](args)
+    wrong = [right[None], right[..., None], right.ravel()[0]]
+    for axis, letter in enumerate(letters[name]):
+        size = right.shape[axis]
+        sizes = [0] if everywhere.count(letter) == 1 else [0, 1, size - 1, size + 1]
+        wrong += [np.take(right, np.arange(n) % size, axis) for n in sizes]
+        wrong.append(right.take(0, axis))
+    for array in wrong:
+        refused(function, {**args, name: array}, name)
+
+
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_only_finite_numbers_are_taken(function, name):
+    args = well_formed(function)
+    right = args[name]
+    wrong = [right.astype(t) for t in (bool, complex, object, str, np.float16, "m8[s]")]
+    wrong += [None, "text", [], [[1, 2], [3]], {}]
+    for number in (np.nan, np.inf, -np.inf):
+        wrong.append(right.astype(float))
+        wrong[-1].flat[-1] = number
+    if name in INTEGERS:
+        wrong += [right.astype(float), np.where(right == 0, -1, right), np.where(right == 0, 5, 9)]
+    for array in wrong:
+        refused(function, {**args, name: array}, name)
+
+
+@pytest.mark.parametrize("function", BLOCKS)
+def test_missing_and_unknown_parameters_are_named(function):
+    args = well_formed(function)
+    for name in named(args):
+        with pytest.raises(ValueError, match=f"params.*missing.*'{name}'.*unknown"):
+            DOORS[function][1]({n: a for n, a in args.items() if n != name})
+    with pytest.raises(ValueError, match=r"params.*missing \[\].*unknown.*'\?W_X'"):
+        DOORS[function][1]({**args, "?W_X": args["W_Q"]})
+
+
+def test_an_ungated_block_takes_no_gate_and_a_dict_is_needed():
+    gated, x = randoms(GATED), randoms("BTD")
+    with pytest.raises(ValueError, match="params.*missing.*unknown.*'W_gate_Q'"):
+        gatedref.attention(gated, x)
+    for wrong in (None, list(gated.values()), gated["W_Q"]):
+        for call in (gatedref.attention, gatedref.gated_attention):
+            with pytest.raises(TypeError, match="params must be a dict"):
+                call(wrong, x)
+
+
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_lists_integers_and_float32_are_taken(function, name):
+    args = well_formed(function)
+    expected = DOORS[function][1](args)
+    assert_same(DOORS[function][1]({**args, name: args[name].tolist()}), expected)
+    rounded = {**args, name: np.ceil(args[name] * 2)}
+    if name not in INTEGERS:
+        whole = {**args, name: rounded[name].astype(int)}
+        assert_same(DOORS[function][1](whole), DOORS[function][1](rounded))
+
+
+@pytest.mark.parametrize("function", [name for name in DOORS if name != "holders"])
+def test_float32_in_gives_float32_out(function):
+    args = well_formed(function)
+    single = {n: a if n in INTEGERS else a.astype(np.float32) for n, a in args.items()}
+    out, expected = leaves(DOORS[function][1](single)), leaves(DOORS[function][1](args))
+    for value, double in zip(out, expected, strict=True):
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, double, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"activation": "relu"}, {"activation": "tanh"}, {"activation": "binary"}]
+    + [{"value_scale": 2}, {"value_scale": 2.5}, {"causal": True}, {"p": 1}],
+)
+def test_float32_stays_float32_under_every_option(options):
+    params = {name: a.astype(np.float32) for name, a in randoms(GATED).items()}
+    x = randoms("BTD", 1).astype(np.float32)
+    scalars, gradient = gatedref.loss_and_grad(params, x, x, 0.3, **options)
+    for value in (*scalars.values(), *gradient.values()):
+        assert value.dtype == np.float32
+
+
+def test_of_mixed_types_the_wider_is_taken_and_a_gradient_has_that_of_its_parameter():
+    params, x = randoms(GATED), randoms("BTD", 1)
+    params["b_Q"] = params["b_Q"].astype(np.float32)
+    single = {name: a.astype(np.float32) for name, a in params.items()}
+    assert gatedref.gated_attention(single, x)["attn_out"].dtype == np.float64
+    whole = np.ones(x.shape, dtype=int)
+    assert gatedref.gated_attention(single, whole)["attn_out"].dtype == np.float32
+    assert gatedref.loss(single, whole, whole, 0.1)["loss"].dtype == np.float32
+    for given in (params, single):
+        _, gradient = gatedref.loss_and_grad(given, x, x, 0.1)
+        assert {n: g.dtype for n, g in gradient.items()} == {n: a.dtype for n, a in given.items()}
+
+
+WHOLE = [0, -1, 2.0, 2.5, True, "3", [2], np.nan, None, 1j, np.ones(1, dtype=int)]
+POSITIVE = [0, -1, -0.1, np.nan, np.inf, True, "1", [1.0], 1j, {}]
+WRONG = {
+    "alpha": [-1, -1e-9, np.nan, np.inf, True, "1", None, [1.0], [1, [2, 3]], 1j],
+    "p": [*POSITIVE, None],
+    "value_scale": POSITIVE,
+    "activation": ["sigmoid", "", None, 1, ["clamp"], {}],
+    "threshold": [1, 1.5, -0.1, np.nan, -np.inf, True, "0.9", None, [0.9]],
+    "seed": [-1, 0.0, 0.5, True, "0", None, [0]],
+    "d_gate": [w for w in WHOLE if w is not None],
+}  # and WHOLE for every count
+CALLS = {  # each function with options, and the least it accepts
+    gatedref.gated_attention: {"activation": "clamp", "value_scale": 1e-9},
+    gatedref.lp_penalty: {"p": 0.1},
+    gatedref.loss: {"activation": "relu", "value_scale": 1, "p": 3, "alpha": 0},
+    gatedref.loss_and_grad: {"activation": "tanh", "value_scale": 0.1, "p": 2, "alpha": 0.0},
+    gatedref.transformer: {"activation": "binary", "value_scale": 2.5},
+    gatedref.holders: {"threshold": 0},
+    gatedref.init_params: {"n_heads": 1, "d_model": 1, "d_head": 1, "d_gate": 1, "seed": 0},
+    gatedref.handmade_superposition: {"n_trigrams": np.int64(2)},
+    gatedref.sample_skip_trigrams: {"n_trigrams": 1, "n_sequences": 1, "n_positions": np.int8(1)},
+}
+
+
+@pytest.mark.parametrize(
+    "function, name", [(f, name) for f, options in CALLS.items() for name in options]
+)
+def test_every_number_and_option_is_checked(function, name):
+    args = well_formed(function.__name__) if function.__name__ in DOORS else {}
+    arrays = [named(args)] if "W_Q" in args else []
+    arrays += [a for n, a in args.items() if n not in GATED]
+    if function is gatedref.transformer:
+        arrays[0] = [arrays[0]]
+    function(*arrays, **CALLS[function])
+    for value in WRONG.get(name, WHOLE) + [1] * (function is gatedref.handmade_superposition):
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            function(*arrays, **{**CALLS[function], name: value})
+
+
+@pytest.mark.parametrize("causal", [0, 1, None, "yes", [True]])
+def test_causal_is_true_or_false(causal):
+    with pytest.raises(TypeError, match="causal"):
+        gatedref.lp_penalty(np.ones((1, 2, 3, 3)), causal=causal)
+
+
+def test_a_negative_gate_is_refused():
+    gate = np.ones((1, 2, 3, 3))
+    gate[0, 1, 2, 2] = -1e-300
+    with pytest.raises(ValueError, match="gate must be >= 0, got -1e-300"):
+        gatedref.lp_penalty(gate)
+
+
+def test_layers_are_a_list_of_blocks_of_one_width():
+    layer = gatedref.init_params(2, 3, 2)
+    for layers in ([], (), None, layer, "x", 3):
+        with pytest.raises(ValueError, match="layers"):
+            gatedref.transformer(layers, [[0]])
+    with pytest.raises(ValueError, match=r"layers must share one d_model, got \[3, 4\]"):
+        gatedref.transformer([layer, gatedref.init_params(2, 4, 2)], [[0]])
+    for wrong in ([None], [3], ["W_Q"], [layer, np.ones(3)]):
+        with pytest.raises((ValueError, TypeError), match="layers"):
+            gatedref.transformer(wrong, [[0]])
+    with pytest.raises(ValueError, match="activation"):
+        gatedref.transformer([layer], [[0]], activation="sigmoid")
+    with pytest.raises(ValueError, match="value_scale"):
+        gatedref.transformer([layer], [[0]], value_scale=-1)
+
+
+def test_a_disagreement_names_both_arguments_and_both_sizes():
+    params = randoms(UNGATED)
+    with pytest.raises(ValueError, match=r"x has 6 along D, where W_Q has 5.*\(2, 3, 6\)"):
+        gatedref.attention(params, randoms("BTD", D=6))
+    with pytest.raises(ValueError, match=r"x has 0 along T, where needs at least 1"):
+        gatedref.attention(params, randoms("BTD", T=0))
+    x = randoms("BTD")
+    x[1, 2, 0] = np.nan
+    with pytest.raises(ValueError, match=r"x must be finite, got nan at \(1, 2, 0\)"):
+        gatedref.attention(params, x)
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 5\), got 7"):
+        gatedref.transformer([params], [[0, 7, 1]])
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 5\), got -2"):
+        gatedref.transformer([params], [[0, 7, -2]])
+
+
+def test_the_door_is_there_while_autograd_differentiates():
+    params, x = randoms(GATED), randoms("BTD", 1)
+
+    def loss(params, x):
+        return gatedref.loss(params, x, randoms("BTD", 2), 0.1)["loss"]
+
+    def one(x):
+        return (grad(loss, 1)(params, x) ** 2).sum()
+
+    for wrong in (x[:, :, :4], x[:1], x[0], np.where(x == x.max(), np.nan, x)):
+        for gradient in (grad(lambda x: loss(params, x)), jacobian(one), grad(one)):
+            with pytest.raises(ValueError, match=r"\bx\b"):
+                gradient(wrong)
+    with pytest.raises(ValueError, match="b_gate_K"):
+        grad(loss)({**params, "b_gate_K": params["b_gate_K"][:1]}, x)
+    with pytest.raises(ValueError, match="missing.*W_O"):
+        grad(loss)({name: a for name, a in params.items() if name != "W_O"}, x)
+    with pytest.raises(ValueError, match="gate must be >= 0"):
+        grad(gatedref.lp_penalty)(-np.ones((1, 2, 3, 3)))
+    assert np.isfinite(grad(one)(x)).all()
