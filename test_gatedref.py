@@ -522,15 +522,14 @@ def test_gradients_of_large_and_tiny_values_are_the_gradient_divided_by_their_si
 
 
 def test_the_softmax_of_scores_of_plus_and_minus_10000_has_12_digits():
-    scores = [1e4, 1e4 - 0.5, -1e4, 1e4 + 1, 9990, -1e4]
+    x = np.array([[[1e4, 1], [1e4 - 0.5, -1], [-1e4, 1], [1e4 + 1, 1], [9990, -1], [-1e4, -1]]])
     params = one_head()
-    params["W_Q"][0, :, 0], params["W_K"][0, :, 0] = [0, 100], [1, 0]
-    x = np.stack([np.array(scores) / 100, np.ones(6)], axis=1)[None]
+    params["W_Q"][0, 1], params["W_K"][0, 0] = 1, 1  # score = x[query, 1] * x[key, 0]
     pattern = gatedref.attention({n: params[n] for n in UNGATED}, x)["pattern"][0, 0]
     with localcontext() as context:
         context.prec = 60
-        weights = [Decimal(s).exp() for s in (x[0, :, 0] * 100).tolist()]
-        expected = [[float(w / sum(weights[: i + 1])) for w in weights] for i in range(6)]
+        weights = [[Decimal(sign * s).exp() for s in x[0, :, 0]] for sign in x[0, :, 1]]
+        expected = [[float(w / sum(row[: i + 1])) for w in row] for i, row in enumerate(weights)]
     np.testing.assert_allclose(pattern, np.tril(expected), rtol=1e-12, atol=1e-300)
     gradient = grad(lambda p: gatedref.gated_attention(p, x)["attn_out"].sum())(params)
     assert all(np.isfinite(g).all() for g in gradient.values())
@@ -853,42 +852,32 @@ def test_16_heads_are_tried_and_17_are_refused():
 # The door
 
 
-def named(args):
-    return {name: args[name] for name in args if name in GATED or name.startswith("?")}
-
-
-# Each function that takes arrays: their axes, and the call.
+# The axes of every array that a function takes, in the order of its arguments.
 DOORS = {
-    "attention": ({**UNGATED, "x": "BTD"}, lambda a: gatedref.attention(named(a), a["x"])),
-    "gated_attention": (
-        {**GATED, "x": "BTD"},
-        lambda a: gatedref.gated_attention(named(a), a["x"]),
-    ),
-    "loss": (
-        {**GATED, "x": "BTD", "target": "BTD"},
-        lambda a: gatedref.loss(named(a), a["x"], a["target"], 0.1),
-    ),
-    "loss_and_grad": (
-        {**GATED, "x": "BTD", "target": "BTD"},
-        lambda a: gatedref.loss_and_grad(named(a), a["x"], a["target"], 0.1),
-    ),
-    "transformer": (
-        {**GATED, "tokens": "BT"},
-        lambda a: gatedref.transformer([named(a)], a["tokens"]),
-    ),
-    "lp_penalty": ({"gate": "BHTT"}, lambda a: gatedref.lp_penalty(a["gate"], causal=True)),
-    "holders": (
-        {"result": "SHV", "answers": "S"},
-        lambda a: gatedref.holders(a["result"], a["answers"]),
-    ),
+    "attention": {**UNGATED, "x": "BTD"},
+    "gated_attention": {**GATED, "x": "BTD"},
+    "loss": {**GATED, "x": "BTD", "target": "BTD"},
+    "loss_and_grad": {**GATED, "x": "BTD", "target": "BTD"},
+    "transformer": {**GATED, "tokens": "BT"},
+    "lp_penalty": {"gate": "BHTT"},
+    "holders": {"result": "SHV", "answers": "S"},
 }
 INTEGERS = ("tokens", "answers")
-BLOCKS = [name for name in DOORS if "W_Q" in DOORS[name][0]]
-ARGUMENTS = [(function, name) for function in DOORS for name in DOORS[function][0]]
+ARGUMENTS = [(function, name) for function, axes in DOORS.items() for name in axes]
+
+
+def call(function, args, **options):
+    """Calls a function with the arrays of `args`, those of a block as one dict."""
+    params = {name: a for name, a in args.items() if name.startswith(("W", "b"))}
+    arrays = [[params] if function == "transformer" else params] * (len(params) > 0)
+    arrays += [a for name, a in args.items() if name not in params]
+    if function.startswith("loss"):
+        options.setdefault("alpha", 0.1)
+    return getattr(gatedref, function)(*arrays, **options)
 
 
 def well_formed(function):
-    args = randoms(DOORS[function][0], 5)
+    args = randoms(DOORS.get(function, {}), 5)
     for name in args:
         if name in INTEGERS:
             args[name] = (np.abs(args[name]) * 10).astype(int) % 5
@@ -899,14 +888,14 @@ def well_formed(function):
 
 def refused(function, args, name):
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
-        DOORS[function][1](args)
+        call(function, args)
 
 
 @pytest.mark.parametrize("function, name", ARGUMENTS)
 def test_no_wrong_shape_becomes_a_number(function, name):
-    args, letters = well_formed(function), DOORS[function][0]
+    args, letters = well_formed(function), DOORS[function]
     right, everywhere = args[name], "".join(letters.values())
-    DOORS[function][1](args)
+    call(function, args)
     wrong = [right[None], right[..., None], right.ravel()[0]]
     for axis, letter in enumerate(letters[name]):
         size = right.shape[axis]
@@ -922,6 +911,7 @@ def test_only_finite_numbers_are_taken(function, name):
     args = well_formed(function)
     right = args[name]
     wrong = [right.astype(t) for t in (bool, complex, object, str, np.float16, "m8[s]")]
+    wrong += [right.astype("g")] * (np.dtype("g").itemsize > 8)  # wider than float64
     wrong += [None, "text", [], [[1, 2], [3]], {}]
     for number in (np.nan, np.inf, -np.inf):
         wrong.append(right.astype(float))
@@ -932,14 +922,21 @@ def test_only_finite_numbers_are_taken(function, name):
         refused(function, {**args, name: array}, name)
 
 
-@pytest.mark.parametrize("function", BLOCKS)
+@pytest.mark.parametrize("function", [name for name in DOORS if "W_Q" in DOORS[name]])
 def test_missing_and_unknown_parameters_are_named(function):
     args = well_formed(function)
-    for name in named(args):
+    for name in UNGATED if function == "attention" else GATED:
         with pytest.raises(ValueError, match=f"params.*missing.*'{name}'.*unknown"):
-            DOORS[function][1]({n: a for n, a in args.items() if n != name})
-    with pytest.raises(ValueError, match=r"params.*missing \[\].*unknown.*'\?W_X'"):
-        DOORS[function][1]({**args, "?W_X": args["W_Q"]})
+            call(function, {n: a for n, a in args.items() if n != name})
+    with pytest.raises(ValueError, match=r"params.*missing \[\].*unknown.*'W_X'"):
+        call(function, {**args, "W_X": args["W_Q"]})
+
+
+@pytest.mark.parametrize("function", DOORS)
+def test_what_is_given_is_left_as_it_was(function):
+    args, before = well_formed(function), well_formed(function)
+    call(function, args)
+    assert_same(args, before)
 
 
 def test_an_ungated_block_takes_no_gate_and_a_dict_is_needed():
@@ -955,35 +952,28 @@ def test_an_ungated_block_takes_no_gate_and_a_dict_is_needed():
 @pytest.mark.parametrize("function, name", ARGUMENTS)
 def test_lists_integers_and_float32_are_taken(function, name):
     args = well_formed(function)
-    expected = DOORS[function][1](args)
-    assert_same(DOORS[function][1]({**args, name: args[name].tolist()}), expected)
+    expected = call(function, args)
+    assert_same(call(function, {**args, name: args[name].tolist()}), expected)
     rounded = {**args, name: np.ceil(args[name] * 2)}
     if name not in INTEGERS:
         whole = {**args, name: rounded[name].astype(int)}
-        assert_same(DOORS[function][1](whole), DOORS[function][1](rounded))
-
-
-@pytest.mark.parametrize("function", [name for name in DOORS if name != "holders"])
-def test_float32_in_gives_float32_out(function):
-    args = well_formed(function)
-    single = {n: a if n in INTEGERS else a.astype(np.float32) for n, a in args.items()}
-    out, expected = leaves(DOORS[function][1](single)), leaves(DOORS[function][1](args))
-    for value, double in zip(out, expected, strict=True):
-        assert value.dtype == np.float32
-        np.testing.assert_allclose(value, double, rtol=1e-4, atol=1e-5)
+        assert_same(call(function, whole), call(function, rounded))
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"activation": "relu"}, {"activation": "tanh"}, {"activation": "binary"}]
-    + [{"value_scale": 2}, {"value_scale": 2.5}, {"causal": True}, {"p": 1}],
+    "function, options",
+    [("attention", {}), ("gated_attention", {}), ("transformer", {}), ("loss", {})]
+    + [("lp_penalty", {}), ("lp_penalty", {"causal": True}), ("lp_penalty", {"p": 1})]
+    + [("loss_and_grad", {"activation": activation}) for activation in ACTIVATIONS]
+    + [("loss_and_grad", {"value_scale": 2.5}), ("loss_and_grad", {"causal": True})],
 )
-def test_float32_stays_float32_under_every_option(options):
-    params = {name: a.astype(np.float32) for name, a in randoms(GATED).items()}
-    x = randoms("BTD", 1).astype(np.float32)
-    scalars, gradient = gatedref.loss_and_grad(params, x, x, 0.3, **options)
-    for value in (*scalars.values(), *gradient.values()):
+def test_float32_in_gives_float32_out(function, options):
+    args = well_formed(function)
+    single = {n: a if n in INTEGERS else a.astype(np.float32) for n, a in args.items()}
+    out, expected = call(function, single, **options), call(function, args, **options)
+    for value, double in zip(leaves(out), leaves(expected), strict=True):
         assert value.dtype == np.float32
+        np.testing.assert_allclose(value, double, rtol=1e-4, atol=1e-5)
 
 
 def test_of_mixed_types_the_wider_is_taken_and_a_gradient_has_that_of_its_parameter():
@@ -1010,16 +1000,16 @@ WRONG = {
     "seed": [-1, 0.0, 0.5, True, "0", None, [0]],
     "d_gate": [w for w in WHOLE if w is not None],
 }  # and WHOLE for every count
-CALLS = {  # each function with options, and the least it accepts
-    gatedref.gated_attention: {"activation": "clamp", "value_scale": 1e-9},
-    gatedref.lp_penalty: {"p": 0.1},
-    gatedref.loss: {"activation": "relu", "value_scale": 1, "p": 3, "alpha": 0},
-    gatedref.loss_and_grad: {"activation": "tanh", "value_scale": 0.1, "p": 2, "alpha": 0.0},
-    gatedref.transformer: {"activation": "binary", "value_scale": 2.5},
-    gatedref.holders: {"threshold": 0},
-    gatedref.init_params: {"n_heads": 1, "d_model": 1, "d_head": 1, "d_gate": 1, "seed": 0},
-    gatedref.handmade_superposition: {"n_trigrams": np.int64(2)},
-    gatedref.sample_skip_trigrams: {"n_trigrams": 1, "n_sequences": 1, "n_positions": np.int8(1)},
+CALLS = {  # each function with options, and the least that it takes
+    "gated_attention": {"activation": "clamp", "value_scale": 1e-9},
+    "lp_penalty": {"p": 0.1},
+    "loss": {"activation": "relu", "value_scale": 1, "p": 3, "alpha": 0},
+    "loss_and_grad": {"activation": "tanh", "value_scale": 0.1, "p": 2, "alpha": 0.0},
+    "transformer": {"activation": "binary", "value_scale": 2.5},
+    "holders": {"threshold": 0},
+    "init_params": {"n_heads": 1, "d_model": 1, "d_head": 1, "d_gate": 1, "seed": 0},
+    "handmade_superposition": {"n_trigrams": np.int64(2)},
+    "sample_skip_trigrams": {"n_trigrams": 1, "n_sequences": 1, "n_positions": np.int8(1)},
 }
 
 
@@ -1027,25 +1017,18 @@ CALLS = {  # each function with options, and the least it accepts
     "function, name", [(f, name) for f, options in CALLS.items() for name in options]
 )
 def test_every_number_and_option_is_checked(function, name):
-    args = well_formed(function.__name__) if function.__name__ in DOORS else {}
-    arrays = [named(args)] if "W_Q" in args else []
-    arrays += [a for n, a in args.items() if n not in GATED]
-    if function is gatedref.transformer:
-        arrays[0] = [arrays[0]]
-    function(*arrays, **CALLS[function])
-    for value in WRONG.get(name, WHOLE) + [1] * (function is gatedref.handmade_superposition):
-        with pytest.raises(ValueError, match=rf"\b{name}\b"):
-            function(*arrays, **{**CALLS[function], name: value})
+    args = well_formed(function)
+    call(function, args, **CALLS[function])
+    for value in WRONG.get(name, WHOLE) + [1] * (function == "handmade_superposition"):
+        with pytest.raises(ValueError, match=rf"\b{name} must be .*, got"):
+            call(function, args, **{**CALLS[function], name: value})
 
 
-@pytest.mark.parametrize("causal", [0, 1, None, "yes", [True]])
-def test_causal_is_true_or_false(causal):
-    with pytest.raises(TypeError, match="causal"):
-        gatedref.lp_penalty(np.ones((1, 2, 3, 3)), causal=causal)
-
-
-def test_a_negative_gate_is_refused():
+def test_a_negative_gate_is_refused_and_causal_is_true_or_false():
     gate = np.ones((1, 2, 3, 3))
+    for causal in (0, 1, None, "yes", [True]):
+        with pytest.raises(TypeError, match="causal must be True or False, got"):
+            gatedref.lp_penalty(gate, causal=causal)
     gate[0, 1, 2, 2] = -1e-300
     with pytest.raises(ValueError, match="gate must be >= 0, got -1e-300"):
         gatedref.lp_penalty(gate)
