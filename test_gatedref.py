@@ -1019,7 +1019,7 @@ CALLS = {  # each function with options, and the least that it takes
     "holders": {"threshold": 0},
     "init_params": {"n_heads": 1, "d_model": 1, "d_head": 1, "d_gate": 1, "seed": 0},
     "handmade_superposition": {"n_trigrams": np.int64(2)},
-    "sample_skip_trigrams": dict(n_trigrams=1, n_sequences=1, n_positions=np.int8(1), seed=0),
+    "sample_skip_trigrams": {"n_trigrams": 1, "n_sequences": 1, "n_positions": 1, "seed": 0},
 }
 
 
