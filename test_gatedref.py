@@ -667,12 +667,13 @@ def test_handmade_heads_write_at_the_stated_angles_with_the_stated_weights():
         name: tuple({"H": 2, "D": 8, "K": 1}[a] for a in axes) for name, axes in UNGATED.items()
     }
     # After BOS and 0, the weights of token 0 are 1e-6 (cos, sin) to 1 for BOS and 1 for B itself.
-    for i, degrees in enumerate((15, 45, 75), start=1):
+    directions = [(math.cos(math.radians(d)), math.sin(math.radians(d))) for d in (15, 45, 75)]
+    for i, direction in enumerate(directions, start=1):
         block = gatedref.transformer([params], [[7, 0, i]])["blocks"][0]
-        weights = [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
-        assert block["pattern"][0, :, 2, 1] * 2e6 == pytest.approx(weights, 1e-6)
-        expected = [50 * math.cos(math.radians(degrees - d)) for d in (15, 45, 75)]
-        assert block["attn_out"][0, 2, 4:7] == pytest.approx(expected, 1e-6)
+        weights = [1e-6 * w / (2 + 1e-6 * w) for w in direction]
+        assert block["pattern"][0, :, 2, 1] == pytest.approx(weights, 1e-12)
+        expected = [1e8 * dot(weights, answer) for answer in directions]
+        assert block["attn_out"][0, 2, 4:7] == pytest.approx(expected, 1e-12)
         assert not block["attn_out"][0, 2, [0, 1, 2, 3, 7]].any()
 
 
@@ -1067,13 +1068,13 @@ def test_a_disagreement_names_both_arguments_and_both_sizes():
     with pytest.raises(ValueError, match=r"x has 0 along T, where needs at least 1"):
         gatedref.attention(params, randoms("BTD", T=0))
     x = randoms("BTD")
-    x[1, 2, 0] = np.nan
+    x[1, 2, :2] = np.nan
     with pytest.raises(ValueError, match=r"x must be finite, got nan at \(1, 2, 0\)"):
         gatedref.attention(params, x)
     with pytest.raises(ValueError, match=r"tokens must be in \[0, 5\), got 7"):
         gatedref.transformer([params], [[0, 7, 1]])
-    with pytest.raises(ValueError, match=r"tokens must be in \[0, 5\), got -2"):
-        gatedref.transformer([params], [[0, 7, -2]])
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 5\), got -1"):
+        gatedref.transformer([params], [[0, 7, -1]])
 
 
 def test_the_door_is_there_while_autograd_differentiates():
