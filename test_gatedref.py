@@ -1011,7 +1011,7 @@ WRONG = {
     "seed": [-1, 0.0, 0.5, True, "0", None, [0]],
     "d_gate": [w for w in WHOLE if w is not None],
 }  # and WHOLE for every count
-CALLS = {  # each function with options, and the least that it takes
+CALLS = {  # each function with options, and values that it takes, the least ones mostly
     "gated_attention": {"activation": "clamp", "value_scale": 1e-9},
     "lp_penalty": {"p": 0.1},
     "loss": {"activation": "relu", "value_scale": 1, "p": 3, "alpha": 0},
@@ -1020,7 +1020,7 @@ CALLS = {  # each function with options, and the least that it takes
     "holders": {"threshold": 0},
     "init_params": {"n_heads": 1, "d_model": 1, "d_head": 1, "d_gate": 1, "seed": 0},
     "handmade_superposition": {"n_trigrams": np.int64(2)},
-    "sample_skip_trigrams": {"n_trigrams": 1, "n_sequences": 1, "n_positions": 1, "seed": 0},
+    "sample_skip_trigrams": {"n_trigrams": np.int8(99), "n_sequences": 1, "n_positions": 1, "seed": 0},
 }
 
 
