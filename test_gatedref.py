@@ -752,6 +752,8 @@ def test_one_seed_gives_the_same_sequences_and_another_gives_others():
     assert (first[0] == again[0]).all() and (first[0] == default[0]).all()
     assert (first[1] == again[1]).all() and (first[0] != other[0]).any(axis=1).mean() > 0.9
     assert first[0].shape == (50, 11)
+    eight_bits = gatedref.sample_skip_trigrams(np.int8(100), np.int8(5))[0]  # 2 n is past 127
+    assert (eight_bits == gatedref.sample_skip_trigrams(100, 5)[0]).all()
 
 
 def brute_holders(result, answers, threshold="0.99"):
@@ -1019,8 +1021,8 @@ CALLS = {  # each function with options, and values that it takes, the least one
     "transformer": {"activation": "binary", "value_scale": 2.5},
     "holders": {"threshold": 0},
     "init_params": {"n_heads": 1, "d_model": 1, "d_head": 1, "d_gate": 1, "seed": 0},
-    "handmade_superposition": {"n_trigrams": np.int64(2)},
-    "sample_skip_trigrams": {"n_trigrams": np.int8(99), "n_sequences": 1, "n_positions": 1, "seed": 0},
+    "handmade_superposition": {"n_trigrams": 2},
+    "sample_skip_trigrams": {"n_trigrams": 1, "n_sequences": 1, "n_positions": 1, "seed": 0},
 }
 
 
