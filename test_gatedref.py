@@ -1,0 +1,1101 @@
+"""What gatedref computes, in statements: what equals what, and to how many digits.
+
+SPDX-License-Identifier: MIT. Copyright (c) 2026 the gatedref authors.
+"""
+
+import itertools
+import math
+from collections import Counter
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from autograd import grad, jacobian
+
+import gatedref
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+# ------------------------------------------------------------------------------------------------
+# Helpers
+
+UNGATED = {"W_Q": "HDK", "W_K": "HDK", "W_V": "HDK", "W_O": "HKD"}
+UNGATED.update({"b_Q": "HK", "b_K": "HK", "b_V": "HK"})
+GATED = {**UNGATED, "W_gate_Q": "HDG", "W_gate_K": "HDG", "b_gate_Q": "HG", "b_gate_K": "HG"}
+SIZES = {"B": 2, "T": 3, "H": 4, "D": 5, "K": 6, "G": 7, "S": 8, "V": 9}  # no two alike
+SMALL = {"B": 2, "T": 3, "H": 2, "D": 3, "K": 2, "G": 2}
+
+ACTIVATIONS = {
+    "clamp": lambda s: min(max(s, 0.0), 1.0),
+    "relu": lambda s: max(s, 0.0),
+    "tanh": lambda s: math.tanh(max(s, 0.0)),
+    "binary": lambda s: 1.0 if s > 0.5 else 0.0,
+}
+
+
+def randoms(axes, seed=0, scale=0.3, **sizes):
+    """Normal numbers: an array for axes such as "BTD", a dict of arrays for a dict of axes."""
+    rng, sizes = np.random.default_rng(seed), {**SIZES, **sizes}
+    if isinstance(axes, str):
+        return rng.normal(size=[sizes[a] for a in axes])
+    return {n: scale * rng.normal(size=[sizes[a] for a in axes[n]]) for n in axes}
+
+
+def one_head(gate_score=0.5, **changes):
+    """One head, D = 2, K = G = 1, whose gate score is b_gate_Q, and which passes on x's first
+    component: with an open gate attn_out[..., 0] is the running mean of x[..., 0]."""
+    params = {name: np.zeros([{"D": 2}.get(a, 1) for a in axes]) for name, axes in GATED.items()}
+    params["W_V"][0, 0, 0] = params["W_O"][0, 0, 0] = params["b_gate_K"][0, 0] = 1
+    params["b_gate_Q"][0, 0] = gate_score
+    return {**params, **changes}
+
+
+def leaves(value):
+    """The arrays and numbers in whatever dicts, lists and tuples."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return [value]
+    return [leaf for v in value for leaf in leaves(v)]
+
+
+def assert_same(actual, expected):
+    """The same numbers and the same types."""
+    for a, e in zip(leaves(actual), leaves(expected), strict=True):
+        assert isinstance(a, type(e))
+        assert np.asarray(a).dtype == np.asarray(e).dtype
+        np.testing.assert_array_equal(a, e)
+
+
+def assert_close(actual, expected, digits):
+    """Equal to so many digits of the largest entry, which in a dict is that of all its arrays."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        assert [np.shape(actual[n]) for n in expected] == [np.shape(a) for a in expected.values()]
+        actual, expected = (
+            np.concatenate([np.ravel(arrays[n]) for n in expected]) for arrays in (actual, expected)
+        )
+    expected = np.asarray(expected)
+    assert np.shape(actual) == expected.shape
+    largest = np.abs(expected[np.isfinite(expected)]).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=largest / 10**digits)
+
+
+def table(sizes, entry):
+    """An array written number by number."""
+    array = np.empty(sizes)
+    for index in np.ndindex(*sizes):
+        array[index] = entry(*index)
+    return array
+
+
+def dot(a, b):
+    return sum(m * n for m, n in zip(a, b))
+
+
+def naive_block(params, x, activation=None, value_scale=None):
+    """`attention`, or given an activation `gated_attention`, in loops over single numbers."""
+    (B, T, D), (H, _, K), P = x.shape, params["W_Q"].shape, dict(params)
+
+    def divisor(numbers):
+        return max(math.hypot(*numbers), 1e-12)
+
+    if activation is not None:
+        W_V, b_V, W_O = P["W_V"], P["b_V"], P["W_O"]
+        if value_scale is None:
+            norms = table((H, K), lambda h, k: divisor(W_V[h, :, k]))
+        else:
+            norms = table((H, K), lambda h, k: divisor([*W_V[h, :, k], b_V[h, k]]) / value_scale)
+            P["b_V"] = table((H, K), lambda h, k: b_V[h, k] / norms[h, k])
+        P["W_V"] = table((H, D, K), lambda h, d, k: W_V[h, d, k] / norms[h, k])
+        P["W_O"] = table((H, K, D), lambda h, k, d: W_O[h, k, d] / divisor(W_O[h, k]))
+
+    def linear(name):
+        W, bias = P["W_" + name], P["b_" + name]
+        sizes = B, T, H, W.shape[2]
+        return table(sizes, lambda b, t, h, k: dot(x[b, t], W[h, :, k]) + bias[h, k])
+
+    def scores(q, k):
+        return table((B, H, T, T), lambda b, h, i, j: dot(q[b, i, h], k[b, j, h]))
+
+    out = {"q": linear("Q"), "k": linear("K"), "v": linear("V")}
+    raw = scores(out["q"], out["k"])
+    out["attn_scores"] = A = table(
+        raw.shape, lambda b, h, i, j: raw[b, h, i, j] / math.sqrt(K) if j <= i else -math.inf
+    )
+    out["pattern"] = weights = table(
+        A.shape,
+        lambda b, h, i, j: j <= i and 1 / sum(math.exp(a - A[b, h, i, j]) for a in A[b, h, i]),
+    )
+    if activation is not None:
+        out.update(gate_q=linear("gate_Q"), gate_k=linear("gate_K"))
+        out["gate_scores"] = scores(out["gate_q"], out["gate_k"])
+        out["gate"] = table(A.shape, lambda *i: ACTIVATIONS[activation](out["gate_scores"][i]))
+        out["gated_pattern"] = table(A.shape, lambda *i: out["gate"][i] * out["pattern"][i])
+        weights = out["gated_pattern"]
+    v = out["v"]
+    z = out["z"] = table((B, T, H, K), lambda b, i, h, c: dot(weights[b, h, i], v[b, :, h, c]))
+    out["result"] = table((B, T, H, D), lambda b, i, h, d: dot(z[b, i, h], P["W_O"][h, :, d]))
+    out["attn_out"] = table(x.shape, lambda b, i, d: sum(out["result"][b, i, :, d]))
+    return out
+
+
+def naive_penalty(gate, p=0.6, causal=False):
+    B, H, T, _ = gate.shape
+    pairs = [(b, i, j) for b, i, j in np.ndindex(B, T, T) if j <= i or not causal]
+    norms = [sum(gate[b, h, i, j] ** p for h in range(H)) ** (1 / p) for b, i, j in pairs]
+    return sum(norms) / len(pairs)
+
+
+def slopes(function, array, step=3e-6):
+    """The gradient of a function of one array, or of a dict of arrays, by central differences."""
+    if isinstance(array, dict):
+        return {
+            n: slopes(lambda a, n=n: function({**array, n: a}), array[n], step) for n in array
+        }
+
+    def shifted(index, by):
+        moved = array.copy()
+        moved[index] += by
+        return function(moved)
+
+    return table(array.shape, lambda *i: (shifted(i, step) - shifted(i, -step)) / (2 * step))
+
+
+# ------------------------------------------------------------------------------------------------
+# The block and its gate
+
+
+def test_attention_equals_plain_loops_to_13_digits():
+    params, x = randoms(UNGATED), randoms("BTD", 1)
+    out, naive = gatedref.attention(params, x), naive_block(params, x)
+    for name in naive.keys() | out.keys():
+        assert_close(out[name], naive[name], 13)
+
+
+@pytest.mark.parametrize("d_gate", [1, 7])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"value_scale": 0.7}, {"value_scale": 30}, *({"activation": a} for a in ACTIVATIONS)],
+)
+def test_gated_attention_equals_plain_loops_to_13_digits(options, d_gate):
+    params, x = randoms(GATED, G=d_gate), randoms("BTD", 1)
+    out = gatedref.gated_attention(params, x, **options)
+    naive = naive_block(params, x, **{"activation": "clamp", **options})
+    scores = naive["gate_scores"]
+    assert (scores < 0).any() and (scores > 1).any() and ((scores > 0) & (scores < 1)).any()
+    for name in naive.keys() | out.keys():
+        assert_close(out[name], naive[name], 13)
+
+
+@pytest.mark.parametrize("axes, block", [(UNGATED, "attention"), (GATED, "gated_attention")])
+def test_permuting_heads_permutes_results(axes, block):
+    params, x, order = randoms(axes), randoms("BTD", 1), [2, 0, 3, 1]
+    out = getattr(gatedref, block)(params, x)
+    permuted = getattr(gatedref, block)({n: a[order] for n, a in params.items()}, x)
+    assert_close(permuted["result"], out["result"][:, :, order], 14)
+    assert_close(permuted["pattern"], out["pattern"][:, order], 14)
+    assert_close(permuted["attn_out"], out["attn_out"], 14)
+
+
+@pytest.mark.parametrize("axes, block", [(UNGATED, "attention"), (GATED, "gated_attention")])
+def test_later_positions_and_other_sequences_change_nothing(axes, block):
+    params, x = randoms(axes), randoms("BTD", 1, T=6)
+    out, later = getattr(gatedref, block)(params, x)["attn_out"], x.copy()
+    later[0, 4:] = 9
+    changed = getattr(gatedref, block)(params, later)["attn_out"]
+    assert_close(changed[0, :4], out[0, :4], 14)
+    assert_close(changed[1], out[1], 14)
+    assert not np.isclose(changed[0, 4:], out[0, 4:]).any()
+    assert_close(getattr(gatedref, block)(params, x[1:])["attn_out"], out[1:], 14)
+
+
+def test_with_every_gate_1_and_unit_norms_a_gated_block_is_the_ungated_one():
+    params, x = randoms(GATED), randoms("BTD", 1)
+    params["W_V"] /= np.linalg.norm(params["W_V"], axis=1, keepdims=True)
+    params["W_O"] /= np.linalg.norm(params["W_O"], axis=2, keepdims=True)
+    for name in ("W_gate_Q", "W_gate_K"):
+        params[name][:] = 0
+    params["b_gate_Q"][:] = params["b_gate_K"][:] = 1  # a score of G = 7, clamped to 1
+    out = gatedref.gated_attention(params, x)
+    ungated = gatedref.attention({name: params[name] for name in UNGATED}, x)
+    for name in ungated:
+        assert_close(out[name], ungated[name], 14)
+
+
+def test_the_length_of_value_columns_and_output_rows_does_not_matter():
+    params, x = randoms(GATED), randoms("BTD", 1)
+    out = gatedref.gated_attention(params, x)["attn_out"]
+    longer = {**params, "W_V": params["W_V"] * np.arange(1, 7), "W_O": params["W_O"] * 1e5}
+    assert_close(gatedref.gated_attention(longer, x)["attn_out"], out, 14)
+    assert np.ptp(gatedref.gated_attention({**params, "b_V": 9 * params["b_V"]}, x)["v"]) > 9
+
+
+def test_with_value_scale_the_length_of_value_columns_with_their_bias_does_not_matter():
+    params, x = randoms(GATED), randoms("BTD", 1)
+    out = gatedref.gated_attention(params, x, value_scale=3)
+    longer = {**params, "W_V": params["W_V"] * 50, "b_V": params["b_V"] * 50}
+    scaled = gatedref.gated_attention(longer, x, value_scale=6)
+    assert_close(scaled["attn_out"], 2 * out["attn_out"], 14)
+
+
+@pytest.mark.parametrize("total", [0, 0.25, 1, 1.25, -0.25])
+def test_gate_scores_are_exact_where_their_sums_are(total):
+    # x . W + b with x = (3/2, -1/4), W = (1/2, 1) and b = total - 1/2 is `total`, with no rounding.
+    W = np.array([[[0.5], [1.0]]])
+    params = one_head(W_gate_Q=W, b_gate_Q=np.array([[total - 0.5]]))
+    out = gatedref.gated_attention(params, [[[1.5, -0.25]]])
+    assert out["gate_scores"].item() == total
+    assert out["gate"].item() == min(max(total, 0), 1)
+    assert out["gated_pattern"].item() == min(max(total, 0), 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The penalty and the loss
+
+
+@pytest.mark.parametrize(
+    "gates, charge, charge_by_l1",
+    [([1, 0], 1, 1), ([0.5, 0.5], 2 ** (2 / 3), 1), ([1, 1], 2 ** (5 / 3), 2), ([0, 0], 0, 0)],
+)  # 2^(2/3) = 1.587, 2^(5/3) = 3.175
+def test_sharing_a_pair_costs_more_than_the_sum_of_its_parts(gates, charge, charge_by_l1):
+    gate = np.reshape(gates, (1, 2, 1, 1))
+    assert gatedref.lp_penalty(gate) == pytest.approx(charge, 1e-14)
+    assert gatedref.lp_penalty(gate, p=1) == pytest.approx(charge_by_l1, 1e-14)
+
+
+@pytest.mark.parametrize("causal", [False, True, np.True_])
+@pytest.mark.parametrize("p", [0.3, 0.6, 1, 1.7, 2])
+def test_the_penalty_equals_plain_loops_to_14_digits(p, causal):
+    gate = np.maximum(randoms("BHTT"), 0)
+    assert (gate == 0).any()
+    assert_close(gatedref.lp_penalty(gate, p, causal=causal), naive_penalty(gate, p, causal), 14)
+
+
+def test_gates_above_the_diagonal_are_charged_for_unless_causal():
+    gate = np.triu(np.ones((1, 2, 3, 3)), 1)  # two heads open on 3 of the 9 pairs
+    assert gatedref.lp_penalty(gate) == pytest.approx(2 ** (5 / 3) / 3, 1e-14)
+    assert gatedref.lp_penalty(gate, causal=True) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"activation": "tanh", "p": 1}, {"value_scale": 5, "p": 2, "causal": True}],
+)
+def test_the_loss_equals_plain_loops_to_13_digits(options):
+    params, x, target = randoms(GATED), randoms("BTD", 1), randoms("BTD", 2)
+    block = naive_block(params, x, options.get("activation", "clamp"), options.get("value_scale"))
+    mse = sum((block["attn_out"][i] - target[i]) ** 2 for i in np.ndindex(x.shape)) / x.size
+    penalty = naive_penalty(block["gate"], options.get("p", 0.6), options.get("causal", False))
+    scalars = gatedref.loss(params, x, target, 0.3, **options)
+    assert list(scalars) == ["mse", "penalty", "loss"]
+    assert_close(scalars["mse"], mse, 13)
+    assert_close(scalars["penalty"], penalty, 13)
+    assert_close(scalars["loss"], mse + 0.3 * penalty, 13)
+    assert gatedref.loss(params, x, target, 0, **options)["loss"] == scalars["mse"]
+
+
+def test_value_scale_closes_the_hole_in_the_objective():
+    # W_V reads a component that x does not have: values come from b_V alone. With b_V = 3 and the
+    # scale sqrt(10), the published and the repaired block start as one.
+    params, x = randoms(GATED, D=3, G=1, K=1), randoms("BTD", 1, D=3)
+    x[..., 2] = 0
+    params["W_V"][:, :, 0], params["b_V"][:] = [0, 0, 1], 3
+    params["W_gate_Q"] *= 0.3
+    params["b_gate_Q"][:], params["b_gate_K"][:] = 0.5, 1
+    start = gatedref.gated_attention(params, x)
+    assert 0 < start["gate_scores"].min() and start["gate_scores"].max() < 1
+    target = start["attn_out"] + 0.01
+    published, repaired = [], []
+    for c in (1, 10, 100, 1000):
+        moved = dict(params, b_V=params["b_V"] * c)
+        moved.update(W_gate_Q=params["W_gate_Q"] / c, b_gate_Q=params["b_gate_Q"] / c)
+        published.append(gatedref.loss(moved, x, target, 0.1))
+        repaired.append(gatedref.loss(moved, x, target, 0.1, value_scale=10**0.5)["loss"])
+        assert_close(published[-1]["mse"], 1e-4, 12)
+        assert_close(published[-1]["penalty"], published[0]["penalty"] / c, 13)
+    assert_close(repaired[0], published[0]["loss"], 13)
+    assert published[-1]["loss"] < 1e-4 + 1e-3 * published[0]["loss"]
+    assert repaired[0] < repaired[1] < repaired[2] < repaired[3]
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"value_scale": 4}, {"activation": "relu"}, {"activation": "tanh"}, {"causal": True}]
+    + [{"p": p, "causal": p == 2} for p in (0.5, 1, 2)],
+)
+def test_gradients_equal_central_differences_to_8_digits(options):
+    params, x = randoms(GATED, 48, 0.7, **SMALL), randoms("BTD", 1, **SMALL)
+    target = randoms("BTD", 2, **SMALL)
+    scores = gatedref.gated_attention(params, x)["gate_scores"]
+    assert np.abs(scores).min() > 0.01 and np.abs(scores - 1).min() > 0.01  # away from the kinks
+    scalars, gradient = gatedref.loss_and_grad(params, x, target, 0.3, **options)
+    assert_same(scalars, gatedref.loss(params, x, target, 0.3, **options))
+
+    def loss(params, x):
+        return gatedref.loss(params, x, target, 0.3, **options)["loss"]
+
+    assert_close(gradient, slopes(lambda params: loss(params, x), params), 8)
+    assert_close(grad(lambda x: loss(params, x))(x), slopes(lambda x: loss(params, x), x), 8)
+
+
+def test_gradients_of_attention_and_of_a_model_equal_central_differences():
+    layers = [randoms(UNGATED, 3, 0.7, **SMALL), randoms(GATED, 4, 0.7, **SMALL)]
+    x, weights = randoms("BTD", 1, **SMALL), randoms("BTD", 2, **SMALL)
+
+    def attn(params, x):
+        return (gatedref.attention(params, x)["attn_out"] * weights).sum()
+
+    def model(layers):
+        return (gatedref.transformer(layers, [[0, 2, 1], [1, 0, 0]])["logits"] * weights).sum()
+
+    for i in (0, 1):
+        by_model = slopes(lambda p, i=i: model([*layers[:i], p, *layers[i + 1 :]]), layers[i])
+        assert_close(grad(model)(layers)[i], by_model, 8)
+    assert_close(grad(attn)(layers[0], x), slopes(lambda p: attn(p, x), layers[0]), 8)
+    assert_close(grad(attn, 1)(layers[0], x), slopes(lambda x: attn(layers[0], x), x), 8)
+
+
+@pytest.mark.parametrize("name", ["alpha", "p", "value_scale"])
+def test_slopes_along_an_option_equal_central_differences(name):
+    params, x = randoms(GATED, 48, 0.7, **SMALL), randoms("BTD", 1, **SMALL)
+
+    def loss(value):
+        return gatedref.loss(params, x, x, **{"alpha": 0.3, "p": 0.7, name: value})["loss"]
+
+    assert_close(grad(loss)(0.9), slopes(lambda a: loss(a.item()), np.array(0.9)), 8)
+
+
+def test_second_derivatives_equal_differences_of_first_ones():
+    params, x = randoms(GATED, 48, 0.7, **SMALL), randoms("BTD", 1, **SMALL)
+
+    def loss(W, values=params):
+        return gatedref.loss({**values, "W_V": W}, x, x, 0.3)["loss"]
+
+    def first(W):
+        return gatedref.loss_and_grad({**params, "W_V": W}, x, x, 0.3)[1]["W_V"]
+
+    W = params["W_V"]
+    expected = slopes(lambda W: (first(W) ** 2).sum(), W)
+    assert_close(grad(lambda W: (first(W) ** 2).sum())(W), expected, 7)
+    assert_close(grad(lambda W: (grad(loss)(W) ** 2).sum())(W), expected, 7)
+    assert_close(jacobian(first)(W), jacobian(grad(loss))(W), 12)
+
+
+@pytest.mark.parametrize(
+    "activation, cases",  # a score: the gate and its derivative
+    [
+        ("clamp", {-1e-9: (0, 0), 0: (0, 1), 0.4: (0.4, 1), 1: (1, 1), 1 + 1e-9: (1, 0)}),
+        ("relu", {-1: (0, 0), 0: (0, 0), 1e-9: (1e-9, 1), 3: (3, 1)}),
+        ("tanh", {-1: (0, 0), 0: (0, 0), 2: (math.tanh(2), 1 - math.tanh(2) ** 2)}),
+        ("binary", {-1e-9: (0, 0), 0: (0, 1), 0.5: (0, 1), 0.5 + 1e-9: (1, 1)}),
+        ("binary", {0.3: (0, 1), 1: (1, 1), 1 + 1e-9: (1, 0)}),
+    ],
+)
+def test_each_activation_has_its_stated_derivative_also_at_its_kinks(activation, cases):
+    def gate(b):
+        block = gatedref.gated_attention(one_head(b_gate_Q=b), [[[1, 0]]], activation=activation)
+        return block["gate"].sum()
+
+    for score, (value, slope) in cases.items():
+        b = np.array([[float(score)]])
+        assert gate(b) == pytest.approx(value, 1e-15, 0)
+        assert grad(gate)(b) == pytest.approx(slope, 1e-14, 0)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.6, 1, 2])
+def test_a_closed_gate_has_no_gradient(p):
+    gate = np.maximum(randoms("BHTT"), 0)
+    gate[0, :, 1, 2] = 0  # a pair that every head leaves closed
+    gradient = grad(gatedref.lp_penalty)(gate, p)
+    sums = (gate**p).sum(axis=1, keepdims=True)
+    for i in np.ndindex(gate.shape):
+        b, _, q, k = i
+        expected = gate[i] ** (p - 1) * sums[b, 0, q, k] ** (1 / p - 1) / 18 if gate[i] else 0
+        assert gradient[i] == pytest.approx(expected, 1e-13, 0)
+    assert not grad(gatedref.lp_penalty)(np.zeros((2, 4, 3, 3)), p).any()
+    causal = grad(lambda g: gatedref.lp_penalty(g, p, causal=True))(gate)
+    assert_close(causal, np.tril(gradient) * 18 / 12, 14)
+
+
+def test_a_block_whose_gates_are_closed_has_no_gradient_and_no_nan():
+    params, x = randoms(GATED), randoms("BTD", 1)
+    params["W_gate_Q"][:], params["b_gate_Q"][:], params["b_gate_K"][:] = 0, -1, 1
+    params["W_gate_K"][:] = 0
+    for p in (0.5, 0.6, 1, 2):
+        scalars, gradient = gatedref.loss_and_grad(params, x, x, 0.3, p=p)
+        assert scalars["penalty"] == 0
+        assert all((g == 0).all() for g in gradient.values())
+
+
+@pytest.mark.parametrize("length", [0, 1e-300, 0.99e-12, 1.01e-12, 1e-6, 1])
+@pytest.mark.parametrize("name", ["W_V", "W_O", "W_V and b_V"])
+def test_a_norm_below_1e_minus_12_counts_as_a_constant(name, length):
+    y, u = np.array([2.0, 1.0]), np.array([0.6, 0.8])
+
+    def written(w):  # y . w / max(|w|, 1e-12), read off a block
+        x, options, weights = [[y]], {}, [1, 0]
+        if name == "W_V":
+            params = one_head(1, W_V=w.reshape(1, 2, 1))
+        elif name == "W_O":
+            params, x, weights = one_head(1, W_O=w.reshape(1, 1, 2)), [[[1, 0]]], y
+        else:  # the second component is the bias
+            W_V, b_V = (w * [1, 0]).reshape(1, 2, 1), w[1].reshape(1, 1)
+            params, options = one_head(1, W_V=W_V, b_V=b_V), {"value_scale": 1}
+        return (gatedref.gated_attention(params, x, **options)["attn_out"] * weights).sum()
+
+    w = length * u
+    norm = max(length, 1e-12)
+    slope = y / 1e-12 if length < 1e-12 else (y - (y @ u) * u) / length
+    assert written(w) == pytest.approx(y @ w / norm, 1e-13)
+    assert_close(grad(written)(w), slope, 13)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"value_scale": 3}, {"p": 1, "causal": True}, {"activation": "relu", "value_scale": 0.5}],
+)
+def test_a_plain_pytorch_block_agrees_to_12_digits_and_in_gradients_to_10(options):
+    torch = pytest.importorskip("torch")
+    params, x = randoms(GATED), randoms("BTD", 1)
+    params["W_gate_Q"][:2], params["W_gate_K"][:2] = 0, 0  # gate scores of 0 and of 1, exactly
+    params["b_gate_Q"][:2], params["b_gate_K"][:2] = [[0] * 7, [1] + [0] * 6], 1
+    params["W_V"][0, :, 0] = params["b_V"][0, 0] = params["W_O"][1, 0] = 0  # below the floor
+    target = randoms("BTD", 2)
+    P = {n: torch.tensor(a, requires_grad=True) for n, a in {**params, "x": x}.items()}
+
+    def linear(name):
+        return torch.einsum("btd,hdk->bhtk", P["x"], P["W_" + name]) + P["b_" + name][:, None]
+
+    def unit(W, dim):
+        return torch.nn.functional.normalize(W, dim=dim)
+
+    q, k, gate_q, gate_k = (linear(name) for name in ("Q", "K", "gate_Q", "gate_K"))
+    future = torch.triu(torch.ones(3, 3, dtype=torch.bool), 1)
+    scores = (q @ k.mT / 6**0.5).masked_fill(future, -1e5)
+    gate_scores = gate_q @ gate_k.mT
+    gate = gate_scores.relu() if "activation" in options else gate_scores.clamp(0, 1)
+    if "value_scale" in options:
+        joined = options["value_scale"] * unit(torch.cat([P["W_V"], P["b_V"][:, None]], 1), 1)
+        W_V, b_V = joined[:, :-1], joined[:, -1:]
+    else:
+        W_V, b_V = unit(P["W_V"], 1), P["b_V"][:, None]
+    v = torch.einsum("btd,hdk->bhtk", P["x"], W_V) + b_V
+    attn_out = ((gate * scores.softmax(-1)) @ v @ unit(P["W_O"], 2)).sum(1)
+    p, is_open = options.get("p", 0.6), gate > 0
+    powers = (torch.where(is_open, gate, 1.0) ** p * is_open).sum(1)
+    norm = torch.where(powers > 0, powers, 1.0) ** (1 / p) * (powers > 0)
+    penalty = norm[:, ~future].mean() if options.get("causal") else norm.mean()
+    mse = ((attn_out - torch.tensor(target)) ** 2).mean()
+    (mse + 0.3 * penalty).backward()
+
+    block = {n: options[n] for n in ("activation", "value_scale") if n in options}
+    out = gatedref.gated_attention(params, x, **block)
+    assert (out["gate_scores"][:, 0] == 0).all() and (out["gate_scores"][:, 1] == 1).all()
+    assert_close(out["gate"], gate.detach().numpy(), 12)
+    assert_close(out["attn_out"], attn_out.detach().numpy(), 12)
+    scalars, gradient = gatedref.loss_and_grad(params, x, target, 0.3, **options)
+    assert scalars["mse"] == pytest.approx(mse.item(), 1e-12)
+    assert scalars["penalty"] == pytest.approx(penalty.item(), 1e-12)
+    gradient["x"] = grad(lambda x: gatedref.loss(params, x, target, 0.3, **options)["loss"])(x)
+    # A column below the floor has a gradient of 1e12: the two kinds are compared apart.
+    for name, g in gradient.items():
+        expected = P[name].grad.numpy()
+        huge = np.abs(expected) > 1e6
+        assert_close(np.where(huge, g, 0), np.where(huge, expected, 0), 10)
+        np.testing.assert_allclose(g[~huge], expected[~huge], rtol=0, atol=1e-10)
+
+
+def test_gradients_of_large_and_tiny_values_are_the_gradient_divided_by_their_size():
+    params, x = randoms(GATED, scale=1), randoms("BTD", 1)
+    out = gatedref.gated_attention(params, x)["attn_out"]
+    _, gradient = gatedref.loss_and_grad(params, x, x, 0.1)
+    for size in (1e-10, 1e10, 1e149):
+        scaled = {**params, "W_V": params["W_V"] * size, "W_O": params["W_O"] * size}
+        assert_close(gatedref.gated_attention(scaled, x)["attn_out"], out, 13)
+        _, by_size = gatedref.loss_and_grad(scaled, x, x, 0.1)
+        for name in params:
+            unit = size if name in ("W_V", "W_O") else 1
+            np.testing.assert_allclose(by_size[name] * unit, gradient[name], atol=1e-12)
+    scaled = {**params, "W_V": params["W_V"] * 1e-200}
+    out = gatedref.gated_attention(scaled, x)
+    assert_close(out["v"], np.broadcast_to(params["b_V"], out["v"].shape), 15)
+
+
+# Numbers at the edge
+
+
+def test_the_softmax_of_scores_of_plus_and_minus_10000_has_12_digits():
+    x = np.array([[[1e4, 1], [1e4 - 0.5, -1], [-1e4, 1], [1e4 + 1, 1], [9990, -1], [-1e4, -1]]])
+    params = one_head()
+    params["W_Q"][0, 1], params["W_K"][0, 0] = 1, 1  # score = x[query, 1] * x[key, 0]
+    pattern = gatedref.attention({n: params[n] for n in UNGATED}, x)["pattern"][0, 0]
+    with localcontext() as context:
+        context.prec = 60
+        weights = [[Decimal(sign * s).exp() for s in x[0, :, 0]] for sign in x[0, :, 1]]
+        expected = [[float(w / sum(row[: i + 1])) for w in row] for i, row in enumerate(weights)]
+    np.testing.assert_allclose(pattern, np.tril(expected), rtol=1e-12, atol=1e-300)
+    gradient = grad(lambda p: gatedref.gated_attention(p, x)["attn_out"].sum())(params)
+    assert all(np.isfinite(g).all() for g in gradient.values())
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [[1e-300], [1e-300, 3e-300], [5e-324, 0], [1e-310, 0.3, 0], [1e-320, 1], [1e-308, 1e-300]],
+)
+def test_the_penalty_of_the_smallest_gates_has_13_digits(gates):
+    gate = np.reshape(gates, (1, -1, 1, 1))
+    with localcontext() as context:
+        context.prec = 60
+        p = Decimal.from_float(0.6)
+        powers = [Decimal(g) ** p if g else 0 for g in gates]
+        penalty = sum(powers) ** (1 / p)
+        slopes = [Decimal(g) ** (p - 1) * sum(powers) ** (1 / p - 1) if g else 0 for g in gates]
+    assert float(gatedref.lp_penalty(gate)) == pytest.approx(float(penalty), 1e-13, 5e-324)
+    gradient = grad(gatedref.lp_penalty)(gate).ravel()
+    np.testing.assert_allclose(gradient, [float(s) for s in slopes], rtol=1e-13)
+
+
+def test_one_position_of_one_head_attends_to_itself_alone():
+    out = gatedref.gated_attention(one_head(0.25), [[[3, 4]]])
+    assert out["pattern"].item() == 1 and out["attn_out"].tolist() == [[[0.75, 0]]]
+    assert gatedref.lp_penalty(out["gate"]) == pytest.approx(0.25, 1e-15)
+
+
+def test_equal_scores_over_1000_positions_give_running_means():
+    x = randoms("BTD", B=1, T=1000, D=2)
+    out = gatedref.gated_attention(one_head(0.5), x)
+    means = np.cumsum(x[0, :, 0]) / np.arange(1, 1001)
+    assert_close(out["attn_out"][0, :, 0], means / 2, 13)
+    for causal in (False, True):
+        assert gatedref.lp_penalty(out["gate"], causal=causal) == pytest.approx(0.5, 1e-13)
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_parameters_have_their_shapes_and_zero_gate_biases():
+    sizes = {"n_heads": 4, "d_model": 5, "d_head": 6}
+    ungated, gated = gatedref.init_params(**sizes), gatedref.init_params(**sizes, d_gate=7)
+    for params, axes in ((ungated, UNGATED), (gated, GATED)):
+        shapes = {name: [SIZES[a] for a in letters] for name, letters in axes.items()}
+        assert {name: list(a.shape) for name, a in params.items()} == shapes
+        assert all(a.dtype == np.float64 for a in params.values())
+    assert not gated["b_gate_Q"].any() and not gated["b_gate_K"].any()
+    assert all((ungated[name] == gated[name]).all() for name in UNGATED)
+
+
+def test_one_seed_gives_the_same_bits_and_another_gives_others():
+    first, again = (gatedref.init_params(4, 5, 6, seed=3, d_gate=2) for _ in range(2))
+    other, default = (gatedref.init_params(4, 5, 6, d_gate=2, **s) for s in ({"seed": 4}, {}))
+    zero = gatedref.init_params(4, 5, 6, seed=0, d_gate=2)
+    for name, a in first.items():
+        assert a.tobytes() == again[name].tobytes()
+        assert default[name].tobytes() == zero[name].tobytes()
+        assert name.startswith("b_gate") or not np.isclose(a, other[name]).any()
+
+
+@pytest.mark.parametrize(
+    "names, fans",
+    [("W_Q W_K W_V", (40 + 30) * 20), ("W_O", (40 + 20) * 30), ("b_Q b_K b_V", 40 + 20)],
+)
+def test_weights_and_biases_are_xavier_normal_within_5_sigma(names, fans):
+    params = gatedref.init_params(n_heads=40, d_model=30, d_head=20)
+    for a in (params[name] / math.sqrt(2 / fans) for name in names.split()):
+        assert abs(a.mean()) < 5 / a.size**0.5
+        assert abs(a.var() - 1) < 5 * (2 / a.size) ** 0.5
+        assert abs((a**4).mean() - 3) < 5 * (96 / a.size) ** 0.5
+
+
+@pytest.mark.parametrize("n_heads, d_gate", [(3, 1), (3, 2), (10, 2), (12, 2), (30, 2)])
+def test_gate_weights_are_orthonormal_across_the_heads(n_heads, d_gate):
+    params = gatedref.init_params(n_heads, 6, 2, d_gate=d_gate)
+    for name in ("W_gate_Q", "W_gate_K"):
+        rows = params[name].reshape(n_heads, 6 * d_gate)
+        product = rows @ rows.T if n_heads <= 6 * d_gate else rows.T @ rows
+        assert_close(product, np.eye(len(product)), 14)
+    assert not np.isclose(params["W_gate_Q"], params["W_gate_K"]).any()
+
+
+@pytest.mark.parametrize("kinds", [[UNGATED], [GATED], [UNGATED, GATED], [GATED, UNGATED, GATED]])
+def test_a_transformer_adds_each_layer_to_the_residual_stream(kinds):
+    options = {"activation": "tanh", "value_scale": 2}
+    layers = [randoms(axes, seed, H=seed + 1) for seed, axes in enumerate(kinds)]
+    tokens = [[0, 4, 2], [1, 1, 3]]
+    out = gatedref.transformer(layers, tokens, **options)
+    residual = table((2, 3, 5), lambda b, t, v: tokens[b][t] == v)
+    assert len(out["blocks"]) == len(layers)
+    for params, block in zip(layers, out["blocks"]):
+        gated = "W_gate_Q" in params
+        naive = naive_block(params, residual, *(("tanh", 2) if gated else ()))
+        assert block.keys() == naive.keys()
+        for name in naive:
+            assert_close(block[name], naive[name], 12)
+        residual = residual + naive["attn_out"]
+    assert_close(out["logits"], residual, 13)
+    published = gatedref.transformer(tuple(layers[:1]), tokens)["blocks"][0]["attn_out"]
+    first = naive_block(layers[0], np.eye(5)[tokens], *["clamp"] * (kinds[0] is GATED))
+    assert_close(published, first["attn_out"], 13)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_two_handmade_heads_hold_the_first_and_last_trigram_and_share_the_others(n):
+    tokens, completes = gatedref.sample_skip_trigrams(n, 2000)
+    out = gatedref.transformer([gatedref.handmade_superposition(n)], tokens)
+    s, t = np.nonzero(completes)
+    trigram = tokens[s, t]
+    assert set(trigram) == set(range(1, n + 1))
+    assert (out["logits"][s, t].argmax(axis=1) == trigram + n).all()
+    for i in range(1, n + 1):
+        result = out["blocks"][0]["result"][s, t][trigram == i]
+        held = {1: [(0,)], n: [(1,)]}.get(i, [(0, 1)])
+        assert gatedref.holders(result, np.full(len(result), i + n)) == held
+    elsewhere = out["blocks"][0]["attn_out"][~completes & (tokens > n)]
+    assert np.abs(elsewhere).max() < 1e-3  # other queries barely attend to token 0
+
+
+def test_handmade_heads_write_at_the_stated_angles_with_the_stated_weights():
+    params = gatedref.handmade_superposition(3)
+    assert {name: a.shape for name, a in params.items()} == {
+        name: tuple({"H": 2, "D": 8, "K": 1}[a] for a in axes) for name, axes in UNGATED.items()
+    }
+    # After BOS and 0, the weights of token 0 are 1e-6 (cos, sin) to 1 for BOS and 1 for B itself.
+    directions = [(math.cos(math.radians(d)), math.sin(math.radians(d))) for d in (15, 45, 75)]
+    for i, direction in enumerate(directions, start=1):
+        block = gatedref.transformer([params], [[7, 0, i]])["blocks"][0]
+        weights = [1e-6 * w / (2 + 1e-6 * w) for w in direction]
+        assert block["pattern"][0, :, 2, 1] == pytest.approx(weights, 1e-12)
+        expected = [1e8 * dot(weights, answer) for answer in directions]
+        assert block["attn_out"][0, 2, 4:7] == pytest.approx(expected, 1e-12)
+        assert not block["attn_out"][0, 2, [0, 1, 2, 3, 7]].any()
+
+
+# ------------------------------------------------------------------------------------------------
+# The task, and who holds what
+
+
+def rewalk(n, sequence):
+    """What the law makes of a sequence: a (state, token) for each token drawn, and where a trigram
+    completes. Fails where the law forbids the sequence."""
+    assert sequence[0] == 2 * n + 1
+    armed, forced, draws, completes = False, None, [], [False]
+    for token in sequence[1:]:
+        assert 0 <= token <= 2 * n + 1
+        if forced is not None:
+            assert token == forced
+            forced = None
+            completes.append(False)
+            continue
+        draws.append(("armed" if armed else "plain", token))
+        completes.append(armed and 1 <= token <= n)
+        if armed:
+            assert token != 0
+        if completes[-1]:
+            armed, forced = False, token + n
+        elif token == 0:
+            armed = True
+    return draws, completes
+
+
+@pytest.mark.parametrize("n, n_positions", [(1, 11), (2, 11), (3, 2), (3, 1), (4, 30), (10, 50)])
+def test_every_sequence_obeys_the_law(n, n_positions):
+    tokens, completes = gatedref.sample_skip_trigrams(n, 400, n_positions, seed=1)
+    assert tokens.shape == completes.shape == (400, n_positions)
+    assert tokens.dtype.kind == "i" and completes.dtype == bool
+    for sequence, found in zip(tokens.tolist(), completes.tolist()):
+        assert rewalk(n, sequence)[1] == found
+    if n_positions > 10:
+        assert completes[:, -1].any() and completes.sum(axis=1).max() > 1
+
+
+def test_draws_are_uniform_over_all_tokens_and_when_armed_over_all_but_0_within_5_sigma():
+    n, vocabulary, n_sequences = 2, 6, 20000
+    tokens, completes = gatedref.sample_skip_trigrams(n, n_sequences)
+    draws = Counter(d for sequence in tokens.tolist() for d in rewalk(n, sequence)[0])
+    for state, allowed in (("plain", range(6)), ("armed", range(1, 6))):
+        total, chance = sum(draws[state, t] for t in range(6)), 1 / len(allowed)
+        for token in allowed:
+            sigma = math.sqrt(total * chance * (1 - chance))
+            assert abs(draws[state, token] - total * chance) < 5 * sigma
+    plain, armed, forced = 1, 0, 0  # the exact chance of each state, position by position
+    for t in range(1, 11):
+        done = armed * n / (vocabulary - 1)
+        sigma = math.sqrt(n_sequences * done * (1 - done))
+        assert abs(completes[:, t].sum() - n_sequences * done) <= 5 * sigma
+        to_armed = plain / vocabulary
+        plain, armed, forced = plain - to_armed + forced, armed - done + to_armed, done
+
+
+def test_one_draw_says_nothing_of_the_next_or_of_another_sequence():
+    tokens, _ = gatedref.sample_skip_trigrams(1, 32000, 3)
+    pairs = Counter((a, b) for _, a, b in tokens.tolist() if a)
+    total = sum(pairs.values())
+    assert len(pairs) == 12
+    for count in pairs.values():
+        assert abs(count - total / 12) < 5 * math.sqrt(total / 12)
+    same = (tokens[:-1, 1] == tokens[1:, 1]).sum()
+    assert abs(same - 32000 / 4) < 5 * math.sqrt(32000 * 3 / 16)
+
+
+def test_one_seed_gives_the_same_sequences_and_another_gives_others():
+    first, again, other, default = (
+        gatedref.sample_skip_trigrams(3, 50, **seed)
+        for seed in ({"seed": 0}, {"seed": 0}, {"seed": 1}, {})
+    )
+    assert (first[0] == again[0]).all() and (first[0] == default[0]).all()
+    assert (first[1] == again[1]).all() and (first[0] != other[0]).any(axis=1).mean() > 0.9
+    assert first[0].shape == (50, 11)
+    eight_bits = gatedref.sample_skip_trigrams(np.int8(100), np.int8(5))[0]  # 2 n is past 127
+    assert (eight_bits == gatedref.sample_skip_trigrams(100, 5)[0]).all()
+
+
+def brute_holders(result, answers, threshold="0.99"):
+    """The definition, set by set and sequence by sequence, in whole numbers."""
+    n_heads, everyone = len(result[0]), tuple(range(len(result[0])))
+
+    def right(heads, r, answer):
+        sums = [sum(r[h][v] for h in heads) for v in range(len(r[0]))]
+        return sums.index(max(sums)) == answer
+
+    def holds(A, r, answer):
+        if A == everyone:
+            return right(everyone, r, answer)
+        rest = [h for h in everyone if h not in A]
+        removed = (set(c) for n in range(1, n_heads + 1) for c in itertools.combinations(rest, n))
+        return all(right([h for h in everyone if h not in out], r, answer) for out in removed)
+
+    for size in range(1, n_heads + 1):
+        sets = list(itertools.combinations(everyone, size))
+        counts = [sum(holds(A, r, a) for r, a in zip(result, answers)) for A in sets]
+        found = [
+            A for A, c in zip(sets, counts) if Fraction(c, len(result)) > Fraction(threshold)
+        ]
+        if found:
+            return found
+    return []
+
+
+@pytest.mark.parametrize(
+    "outputs, held",
+    [
+        ([[0, 5], [1, 0]], [(0,)]),  # the answer is token 1
+        ([[0, 5], [0, 3], [1, 0]], [(0,), (1,)]),
+        ([[0, 5], [9, 0], [0, 5]], [(0, 2)]),  # head 1 outvotes head 0, not heads 0 and 2
+        ([[0, 2], [0, 2], [3, 0]], [(0, 1)]),
+        ([[0, 2], [0, 2], [0, 2], [5, 0]], [(0, 1, 2)]),
+        ([[0, 2], [0, 2], [0, 2], [3, 0]], [(0, 1), (0, 2), (1, 2)]),
+        ([[0, 3], [4, 0], [0, 3], [1, 0]], [(0, 2)]),
+        ([[1, 0], [1, 0]], []),
+        ([[0, 1]], [(0,)]),
+        ([[1, 0]], []),
+        ([[1, 1], [0, 0]], []),  # a tie goes to the first token, 0
+        ([[2, 2], [0, 1]], [(1,)]),
+    ],
+)
+def test_the_fewest_heads_that_keep_the_answer_whatever_else_is_removed_hold_it(outputs, held):
+    assert gatedref.holders([outputs], [1]) == held
+    assert gatedref.holders(np.tile(outputs, (200, 1, 1)), np.ones(200, dtype=int)) == held
+    mirrored = [row[::-1] for row in outputs]
+    if all(a != b for a, b in outputs):
+        assert gatedref.holders([mirrored], [0]) == held
+
+
+def test_all_heads_hold_what_only_their_intact_sum_gets_right():
+    result = [[[4, 0, 3], [0, 4, 3]]]  # 4 4 6 together, yet wrong with either head removed
+    assert gatedref.holders(result, [2]) == [(0, 1)]
+    assert gatedref.holders(result, [0]) == [(0,)]  # head 0 alone says 0, whatever the two say
+
+
+def test_more_than_the_threshold_of_the_sequences_is_needed_not_just_as_many():
+    result = np.zeros((100, 2, 2))
+    result[:, 0, 1] = 1
+    answers = np.array([1] * 99 + [0])
+    assert gatedref.holders(result, answers) == []
+    assert gatedref.holders(result, answers, threshold=0.98) == [(0,)]
+    assert gatedref.holders(result[:99], answers[:99], threshold=0.999) == [(0,)]
+    assert gatedref.holders(result, np.array([0] * 50 + [1] * 50), threshold=0.5) == []
+    assert gatedref.holders(result, np.array([0] * 49 + [1] * 51), threshold=0.5) == [(0,)]
+    assert gatedref.holders(-result, answers, threshold=0) == [(0,), (1,)]
+    assert gatedref.holders(result, 0 * answers, threshold=0) == [(1,)]
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 4, 5])
+def test_holders_equal_every_set_tried_one_by_one(n_heads):
+    rng, found = np.random.default_rng(n_heads), Counter()
+    for case in range(60):
+        result = rng.integers(-3, 4, size=(4, n_heads, 3))
+        result[:, : case % (n_heads + 1), 1] += 3  # some heads favour token 1
+        answers = rng.integers(0, 3, size=4) if case % 3 else np.ones(4, dtype=int)
+        threshold = ["0", "0.25", "0.5", "0.7", "0.99"][case % 5]
+        expected = brute_holders(result.tolist(), answers.tolist(), threshold)
+        assert gatedref.holders(result, answers, float(threshold)) == expected
+        found[len(expected[0]) if expected else 0] += 1
+    assert len(found) > min(n_heads, 3)
+
+
+def test_many_sequences_are_counted_to_the_last():
+    rng = np.random.default_rng(0)
+    result = rng.integers(-3, 4, size=(600, 10, 3))  # more than is tried at a time
+    result[:, 4, 1] += 90
+    answers = np.ones(600, dtype=int)
+    answers[:6] = 0
+    assert gatedref.holders(result, answers) == []
+    answers[5] = 1
+    assert gatedref.holders(result, answers) == [(4,)]
+
+
+def test_16_heads_are_tried_and_17_are_refused():
+    result = np.zeros((30, 16, 3))
+    result[:, 3, 2] = result[:, 15, 2] = 2
+    result[:, 0, 0] = 3
+    assert gatedref.holders(result, [2] * 30) == [(3, 15)]
+    assert gatedref.holders(result + [0, 0, 9], [2] * 30) == [(h,) for h in range(16)]
+    with pytest.raises(ValueError, match="result must have at most 16 heads.*got 17"):
+        gatedref.holders(np.zeros((1, 17, 3)), [0])
+
+
+# ------------------------------------------------------------------------------------------------
+# The door
+
+
+# The axes of every array that a function takes, in the order of its arguments.
+DOORS = {
+    "attention": {**UNGATED, "x": "BTD"},
+    "gated_attention": {**GATED, "x": "BTD"},
+    "loss": {**GATED, "x": "BTD", "target": "BTD"},
+    "loss_and_grad": {**GATED, "x": "BTD", "target": "BTD"},
+    "transformer": {**GATED, "tokens": "BT"},
+    "lp_penalty": {"gate": "BHTT"},
+    "holders": {"result": "SHV", "answers": "S"},
+}
+INTEGERS = ("tokens", "answers")
+ARGUMENTS = [(function, name) for function, axes in DOORS.items() for name in axes]
+
+
+def call(function, args, **options):
+    """Calls a function with the arrays of `args`, those of a block as one dict."""
+    params = {name: a for name, a in args.items() if name.startswith(("W", "b"))}
+    arrays = [[params] if function == "transformer" else params] * (len(params) > 0)
+    arrays += [a for name, a in args.items() if name not in params]
+    if function.startswith("loss"):
+        options.setdefault("alpha", 0.1)
+    return getattr(gatedref, function)(*arrays, **options)
+
+
+def well_formed(function):
+    args = randoms(DOORS.get(function, {}), 5)
+    for name in args:
+        if name in INTEGERS:
+            args[name] = (np.abs(args[name]) * 10).astype(int) % 5
+        if name == "gate":
+            args[name] = np.abs(args[name])
+    return args
+
+
+def refused(function, args, name):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        call(function, args)
+
+
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_no_wrong_shape_becomes_a_number(function, name):
+    args, letters = well_formed(function), DOORS[function]
+    right, everywhere = args[name], "".join(letters.values())
+    call(function, args)
+    wrong = [right[None], right[..., None], right.ravel()[0]]
+    for axis, letter in enumerate(letters[name]):
+        size = right.shape[axis]
+        sizes = [0] if everywhere.count(letter) == 1 else [0, 1, size - 1, size + 1]
+        wrong += [np.take(right, np.arange(n) % size, axis) for n in sizes]
+        wrong.append(right.take(0, axis))
+    for array in wrong:
+        refused(function, {**args, name: array}, name)
+
+
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_only_finite_numbers_are_taken(function, name):
+    args = well_formed(function)
+    right = args[name]
+    wrong = [right.astype(t) for t in (bool, complex, object, str, np.float16, "m8[s]")]
+    wrong += [right.astype("g")] * (np.dtype("g").itemsize > 8)  # wider than float64
+    wrong += [None, "text", [], [[1, 2], [3]], {}]
+    for number in (np.nan, np.inf, -np.inf):
+        wrong.append(right.astype(float))
+        wrong[-1].flat[-1] = number
+    if name in INTEGERS:
+        wrong += [right.astype(float), np.where(right == 0, -1, right), np.where(right == 0, 5, 9)]
+    for array in wrong:
+        refused(function, {**args, name: array}, name)
+
+
+@pytest.mark.parametrize("function", [name for name in DOORS if "W_Q" in DOORS[name]])
+def test_missing_and_unknown_parameters_are_named(function):
+    args = well_formed(function)
+    for name in UNGATED if function == "attention" else GATED:
+        with pytest.raises(ValueError, match=f"params.*missing.*'{name}'.*unknown"):
+            call(function, {n: a for n, a in args.items() if n != name})
+    with pytest.raises(ValueError, match=r"params.*missing \[\].*unknown.*'W_X'"):
+        call(function, {**args, "W_X": args["W_Q"]})
+
+
+@pytest.mark.parametrize("function", DOORS)
+def test_what_is_given_is_left_as_it_was(function):
+    args, before = well_formed(function), well_formed(function)
+    call(function, args)
+    assert_same(args, before)
+
+
+def test_an_ungated_block_takes_no_gate_and_a_dict_is_needed():
+    gated, x = randoms(GATED), randoms("BTD")
+    with pytest.raises(ValueError, match="params.*missing.*unknown.*'W_gate_Q'"):
+        gatedref.attention(gated, x)
+    for wrong in (None, list(gated.values()), gated["W_Q"]):
+        for call in (gatedref.attention, gatedref.gated_attention):
+            with pytest.raises(TypeError, match="params must be a dict"):
+                call(wrong, x)
+
+
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_lists_integers_and_float32_are_taken(function, name):
+    args = well_formed(function)
+    expected = call(function, args)
+    assert_same(call(function, {**args, name: args[name].tolist()}), expected)
+    rounded = {**args, name: np.ceil(args[name] * 2)}
+    if name not in INTEGERS:
+        whole = {**args, name: rounded[name].astype(int)}
+        assert_same(call(function, whole), call(function, rounded))
+
+
+@pytest.mark.parametrize(
+    "function, options",
+    [("attention", {}), ("gated_attention", {}), ("transformer", {}), ("loss", {})]
+    + [("lp_penalty", {}), ("lp_penalty", {"causal": True}), ("lp_penalty", {"p": 1})]
+    + [("loss_and_grad", {"activation": activation}) for activation in ACTIVATIONS]
+    + [("loss_and_grad", {"value_scale": 2.5}), ("loss_and_grad", {"causal": True})],
+)
+def test_float32_in_gives_float32_out(function, options):
+    args = well_formed(function)
+    single = {n: a if n in INTEGERS else a.astype(np.float32) for n, a in args.items()}
+    out, expected = call(function, single, **options), call(function, args, **options)
+    for value, double in zip(leaves(out), leaves(expected), strict=True):
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, double, rtol=1e-4, atol=1e-5)
+
+
+def test_of_mixed_types_the_wider_is_taken_and_a_gradient_has_that_of_its_parameter():
+    params, x = randoms(GATED), randoms("BTD", 1)
+    params["b_Q"] = params["b_Q"].astype(np.float32)
+    single = {name: a.astype(np.float32) for name, a in params.items()}
+    assert gatedref.gated_attention(single, x)["attn_out"].dtype == np.float64
+    whole = np.ones(x.shape, dtype=int)
+    assert gatedref.gated_attention(single, whole)["attn_out"].dtype == np.float32
+    assert gatedref.loss(single, whole, whole, 0.1)["loss"].dtype == np.float32
+    for given in (params, single):
+        _, gradient = gatedref.loss_and_grad(given, x, x, 0.1)
+        assert {n: g.dtype for n, g in gradient.items()} == {n: a.dtype for n, a in given.items()}
+
+
+WHOLE = [0, -1, 2.0, 2.5, True, "3", [2], np.nan, None, 1j, np.ones(1, dtype=int)]
+POSITIVE = [0, -1, -0.1, np.nan, np.inf, True, "1", [1.0], 1j, {}]
+WRONG = {
+    "alpha": [-1, -1e-9, np.nan, np.inf, True, "1", None, [1.0], [1, [2, 3]], 1j],
+    "p": [*POSITIVE, None],
+    "value_scale": POSITIVE,
+    "activation": ["sigmoid", "", None, 1, ["clamp"], {}],
+    "threshold": [1, 1.5, -0.1, np.nan, -np.inf, True, "0.9", None, [0.9]],
+    "seed": [-1, 0.0, 0.5, True, "0", None, [0]],
+    "d_gate": [w for w in WHOLE if w is not None],
+}  # and WHOLE for every count
+CALLS = {  # each function with options, and values that it takes, the least ones mostly
+    "gated_attention": {"activation": "clamp", "value_scale": 1e-9},
+    "lp_penalty": {"p": 0.1},
+    "loss": {"activation": "relu", "value_scale": 1, "p": 3, "alpha": 0},
+    "loss_and_grad": {"activation": "tanh", "value_scale": 0.1, "p": 2, "alpha": 0.0},
+    "transformer": {"activation": "binary", "value_scale": 2.5},
+    "holders": {"threshold": 0},
+    "init_params": {"n_heads": 1, "d_model": 1, "d_head": 1, "d_gate": 1, "seed": 0},
+    "handmade_superposition": {"n_trigrams": 2},
+    "sample_skip_trigrams": {"n_trigrams": 1, "n_sequences": 1, "n_positions": 1, "seed": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "function, name", [(f, name) for f, options in CALLS.items() for name in options]
+)
+def test_every_number_and_option_is_checked(function, name):
+    args = well_formed(function)
+    call(function, args, **CALLS[function])
+    for value in WRONG.get(name, WHOLE) + [1] * (function == "handmade_superposition"):
+        with pytest.raises(ValueError, match=rf"\b{name} must be .*, got"):
+            call(function, args, **{**CALLS[function], name: value})
+
+
+def test_a_negative_gate_is_refused_and_causal_is_true_or_false():
+    gate = np.ones((1, 2, 3, 3))
+    for causal in (0, 1, None, "yes", [True]):
+        with pytest.raises(TypeError, match="causal must be True or False, got"):
+            gatedref.lp_penalty(gate, causal=causal)
+    gate[0, 1, 2, 2] = -1e-300
+    with pytest.raises(ValueError, match="gate must be >= 0, got -1e-300"):
+        gatedref.lp_penalty(gate)
+
+
+def test_layers_are_a_list_of_blocks_of_one_width():
+    layer = gatedref.init_params(2, 3, 2)
+    for layers in ([], (), None, layer, "x", 3):
+        with pytest.raises(ValueError, match="layers"):
+            gatedref.transformer(layers, [[0]])
+    with pytest.raises(ValueError, match=r"layers must share one d_model, got \[3, 4\]"):
+        gatedref.transformer([layer, gatedref.init_params(2, 4, 2)], [[0]])
+    for wrong in ([None], [3], ["W_Q"], [layer, np.ones(3)]):
+        with pytest.raises((ValueError, TypeError), match="layers"):
+            gatedref.transformer(wrong, [[0]])
+    with pytest.raises(ValueError, match="activation"):
+        gatedref.transformer([layer], [[0]], activation="sigmoid")
+    with pytest.raises(ValueError, match="value_scale"):
+        gatedref.transformer([layer], [[0]], value_scale=-1)
+
+
+def test_a_disagreement_names_both_arguments_and_both_sizes():
+    params = randoms(UNGATED)
+    with pytest.raises(ValueError, match=r"x has 6 along D, where W_Q has 5.*\(2, 3, 6\)"):
+        gatedref.attention(params, randoms("BTD", D=6))
+    with pytest.raises(ValueError, match=r"x has 0 along T, where needs at least 1"):
+        gatedref.attention(params, randoms("BTD", T=0))
+    x = randoms("BTD")
+    x[1, 2, :2] = np.nan
+    with pytest.raises(ValueError, match=r"x must be finite, got nan at \(1, 2, 0\)"):
+        gatedref.attention(params, x)
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 5\), got 7"):
+        gatedref.transformer([params], [[0, 7, 1]])
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 5\), got -1"):
+        gatedref.transformer([params], [[0, 7, -1]])
+
+
+def test_the_door_is_there_while_autograd_differentiates():
+    params, x = randoms(GATED), randoms("BTD", 1)
+
+    def loss(params, x):
+        return gatedref.loss(params, x, randoms("BTD", 2), 0.1)["loss"]
+
+    def one(x):
+        return (grad(loss, 1)(params, x) ** 2).sum()
+
+    for wrong in (x[:, :, :4], x[:1], x[0], np.where(x == x.max(), np.nan, x)):
+        for gradient in (grad(lambda x: loss(params, x)), jacobian(one), grad(one)):
+            with pytest.raises(ValueError, match=r"\bx\b"):
+                gradient(wrong)
+    with pytest.raises(ValueError, match="b_gate_K"):
+        grad(loss)({**params, "b_gate_K": params["b_gate_K"][:1]}, x)
+    with pytest.raises(ValueError, match="missing.*W_O"):
+        grad(loss)({name: a for name, a in params.items() if name != "W_O"}, x)
+    with pytest.raises(ValueError, match="gate must be >= 0"):
+        grad(gatedref.lp_penalty)(-np.ones((1, 2, 3, 3)))
+    assert np.isfinite(grad(one)(x)).all()
