@@ -491,16 +491,17 @@ def _flat(stages):
 
 
 def assert_matches(case, got, *, rtol=None, strict=False):
-    """Raises an AssertionError where `got` differs from `case.expected`. It names the first stage in
-    the data's flow that differs, its largest difference, and the other stages. A stage differs if
+    """Raises an AssertionError where `got` differs from `case.expected`. It names the first stage
+    in the data's flow that differs, its largest difference, and the other stages. One differs if
 
         |got - expected| > tolerance * max |expected|        (a max of 0 counts as 1)
         tolerance = rtol, else eps * max(16, 4 * e)
 
     anywhere. eps: 2^-52 for what is given in float64, 2^-23 in float32, 2^-10 in float16, 2^-7 in
-    bfloat16. e: the error of this very file in float32, in eps of float32, at most 9. The gradients
-    share one max and one e. Those of `W_V` and `W_O` count times the norm that the weight is divided
-    by: a zero column's, of 1e12, would hide all others. `attn_scores` count where key <= query.
+    bfloat16. e: the error of this file's own functions in float32, in eps of it: under 1.5, and 9
+    for the gradients of `large_scores`. All gradients share one max and one e. Those of `W_V` and
+    `W_O` count times the norms that these are divided by, else a zero column's, of 1e12, would hide
+    the others. `attn_scores` count where key <= query.
 
     got: a dict of any of the names in `expected` and in its `grads`: NumPy, PyTorch or JAX floats.
     rtol: None, or a number in [0, 1). strict: True to compare also the gradients that pass through
@@ -538,11 +539,15 @@ def assert_matches(case, got, *, rtol=None, strict=False):
         if error.max() > tolerance * scale:
             at = np.unravel_index(np.argmax(error), error.shape)
             place = f"{name}[{', '.join(map(str, at))}]" if at else name
-            values = f"{place} is {array[at]:.17g}, and should be {want[name][0][at]:.17g}"
-            differ[name] = f"{values} (tolerance {tolerance:.1e} of {scale:.3g})"
+            is_, should = array[at], want[name][0][at]
+            differ[name] = (
+                f"{place} is {is_:.17g}, should be {should:.17g}: off by {abs(is_ - should):.3g}, "
+                f"where {tolerance:.1e} of {scale:.3g} is allowed"
+            )
     if differ:
         first, *others = differ
-        raise AssertionError(f"{case.name}: {differ[first]}; differ too: {', '.join(others) or '-'}")
+        others = f". These differ too: {', '.join(others)}" if others else ""
+        raise AssertionError(f"{case.name}: {differ[first]}{others}")
 
 
 def _known(name, values, known):
@@ -572,10 +577,11 @@ def _computed(name, value, want):
 
 
 def _main(arguments):
-    """Without arguments, says what there is to do; with a file's name, writes the cases to it."""
+    """Without arguments, says what it can do; with a file's name, writes the cases to it."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("python gatedref.py FILE.npz writes the conformance cases: CASE/W_Q, CASE/x, CASE/target,")
-        print("CASE/alpha, CASE/expected/pattern, CASE/expected/grads/W_Q and so on. The cases are:\n")
+        print("python gatedref.py FILE.npz writes the conformance cases there: CASE/W_Q, CASE/x,")
+        print("CASE/target, CASE/alpha, CASE/expected/pattern, CASE/expected/grads/W_Q, and so on.")
+        print("python -m pydoc gatedref explains what is in this file. The cases are:\n")
         for name, (_, sizes, *_) in _CASES.items():
             print(f"{name:13}", *(f"{axis}={size:<2}" for axis, size in zip("BTHDKG", sizes)))
         return 0 if arguments in ([], ["-h"], ["--help"]) else 2
