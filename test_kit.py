@@ -502,7 +502,7 @@ def test_the_message_says_what_where_and_what_else():
     at = np.unravel_index(abs(difference).argmax(), difference.shape)
     message = str(caught.value)
     assert message.startswith(f"dense: v{[int(i) for i in at]} is ")
-    assert f"should be {DENSE.expected['v'][at]:.17g}: off by {abs(difference).max():.3g}" in message
+    assert f"should be {DENSE.expected['v'][at]:.17g}: off by {abs(difference[at]):.3g}" in message
     assert message.endswith(f". These differ too: z, result, attn_out, mse, loss, {grads}")
 
 
