@@ -432,8 +432,9 @@ _DRAWS.update({"b_gate_Q": (-1.5, 4, 1 / 2), "b_gate_K": (-1.5, 4, 1 / 2)})
 _ONE_HOT, _EDGES = {"x": (0, 6, 1)}, {"b_gate_Q": (-1, 4, 1 / 2), "b_gate_K": (-1, 4, 1 / 2)}
 _SHUT = {"b_gate_Q": (8.5, 4, 1 / 2), "b_gate_K": (-11.5, 4, 1 / 2)}
 _LARGE = {"W_Q": (-127, 255, 1 / 16), "W_K": (-127, 255, 1 / 32)}
-# Columns of W_V with a norm of 0, just above the floor of 1e-12, and below it.
+# Columns of W_V and rows of W_O with a norm of 0, just above the floor of 1e-12, and below it.
 _TINY = {"W_V": (-127, 255, [[[0, 2**-7]], [[2**-46, 2**-7]], [[2**-7, 2**-48]]])}
+_TINY["W_O"] = (-127, 255, [[[2**-7], [2**-46]], [[2**-48], [2**-7]], [[0], [2**-7]]])
 _CASES = {  # name: the first state, the sizes B T H D K G, alpha, and the draws of its own
     "one_hot": (1, (2, 7, 4, 6, 1, 1), 1 / 8, _ONE_HOT),
     "dense": (2, (2, 5, 3, 4, 2, 3), 1 / 4, {}),
