@@ -326,6 +326,19 @@ def test_a_clamp_that_differs_in_the_derivative_at_0_and_1_alone_fails_only_when
         gatedref.assert_matches(CASES["gate_edges"], got, strict=True)
 
 
+def test_only_gradients_through_the_gate_wait_for_strict():
+    case = CASES["gate_edges"]
+    for name, gradient in case.expected["grads"].items():
+        wrong = {"grads": {name: gradient + 0.01}}
+        with pytest.raises(AssertionError, match=f"grads/{name}"):
+            gatedref.assert_matches(case, wrong, strict=True)
+        if name in (*gatedref.GATE, "x"):
+            gatedref.assert_matches(case, wrong)
+        else:
+            with pytest.raises(AssertionError, match=f"grads/{name}"):
+                gatedref.assert_matches(case, wrong)
+
+
 def torch_block(torch, case, dtype):
     def tensor(a):
         return torch.tensor(a, dtype=dtype, requires_grad=True)
