@@ -31,9 +31,11 @@ SPDX-License-Identifier: MIT. Copyright (c) 2026 the gatedref authors.
 """
 
 import math
+import sys
+from collections import namedtuple
 
 import autograd.numpy as np
-from autograd import grad_and_aux
+from autograd import grad, grad_and_aux
 from autograd.tracer import getval, isbox
 
 # The axes of each parameter.
@@ -423,6 +425,183 @@ def holders(result, answers, threshold=0.99):
 
 
 # ------------------------------------------------------------------------------------------------
+# The conformance kit: is another implementation right, and if not, from which stage on?
+
+Case = namedtuple("Case", "name params x target alpha expected")
+_DRAWS = {"x": (-2, 5, 1 / 2), "W_gate_Q": (-1, 3, 1), "W_gate_K": (-1, 3, 1)}
+_DRAWS.update({"b_gate_Q": (-1.5, 4, 1 / 2), "b_gate_K": (-1.5, 4, 1 / 2)})
+_ONE_HOT, _EDGES = {"x": (0, 6, 1)}, {"b_gate_Q": (-1, 4, 1 / 2), "b_gate_K": (-1, 4, 1 / 2)}
+_SHUT = {"b_gate_Q": (8.5, 4, 1 / 2), "b_gate_K": (-11.5, 4, 1 / 2)}
+_LARGE = {"W_Q": (-127, 255, 1 / 16), "W_K": (-127, 255, 1 / 32)}
+# Columns of W_V and rows of W_O with a norm of 0, just above the floor of 1e-12, and below it.
+_TINY = {"W_V": (-127, 255, [[[0, 2**-7]], [[2**-46, 2**-7]], [[2**-7, 2**-48]]])}
+_TINY["W_O"] = (-127, 255, [[[2**-7], [2**-46]], [[2**-48], [2**-7]], [[0], [2**-7]]])
+_CASES = {  # name: the first state, the sizes B T H D K G, alpha, and the draws of its own
+    "one_hot": (1, (2, 7, 4, 6, 1, 1), 1 / 8, _ONE_HOT),
+    "dense": (2, (2, 5, 3, 4, 2, 3), 1 / 4, {}),
+    "equal_sizes": (3, (3, 3, 3, 3, 3, 3), 1 / 4, {}),
+    "one_position": (4, (3, 1, 2, 4, 2, 1), 1 / 8, {}),
+    "one_head": (5, (2, 33, 1, 4, 2, 1), 1 / 2, {}),
+    "large_scores": (1323, (2, 6, 3, 4, 1, 1), 1 / 4, _LARGE),
+    "large_b_V": (7, (2, 5, 3, 6, 1, 1), 1 / 2, {**_ONE_HOT, "b_V": (-127, 255, 1 / 4)}),
+    "tiny_norms": (8, (2, 5, 3, 4, 2, 1), 1 / 4, _TINY),
+    "all_closed": (9, (2, 4, 2, 4, 2, 1), 1 / 4, _SHUT),
+    "gate_edges": (48, (2, 6, 3, 6, 2, 1), 1 / 4, {**_ONE_HOT, **_EDGES}),
+}
+
+
+def cases():
+    """Yields named tuples: `name`, the arguments of `loss`, and `expected`, a dict of every
+    intermediate, the losses, and `grads`, a dict of d loss / d parameter, and of d loss / d x.
+
+    Any language can rebuild the arguments. x, target, then the parameters in the order of
+    `GATED_BLOCK` are filled with draws, last axis fastest. `_CASES` has a case's first state, and
+
+        state = (1664525 * state + 1013904223) mod 2^32        before each draw
+        draw  = (lowest + floor(state / 2^24) mod count) * step
+
+    where `_CASES`, else `_DRAWS`, else -127, 255, 1/128 are the three numbers. A one-hot x is drawn
+    as tokens [B, T]. No entry has more than 8 significant bits: float32, TF32 and bfloat16 hold it.
+    Gate scores are odd multiples of 1/16, so that no rounding flips a clamp, but in `gate_edges`:
+    there they are multiples of 1/4, and often exactly 0 or 1.
+    """
+    for name, (state, sizes, alpha, own) in _CASES.items():
+        sizes, arrays = dict(zip("BTHDKG", sizes)), {}
+        for key, axes in {"x": "BTD", "target": "BTD", **GATED_BLOCK}.items():
+            lowest, count, step = own.get(key) or _DRAWS.get(key, (-127, 255, 1 / 128))
+            one_hot = key == "x" in own
+            array = np.zeros([sizes[axis] for axis in axes[: 2 if one_hot else 3]])
+            for i in np.ndindex(array.shape):
+                state = (1664525 * state + 1013904223) % 2**32
+                array[i] = lowest + (state >> 24) % count
+            arrays[key] = np.eye(count)[array.astype(int)] if one_hot else array * np.array(step)
+        params = {key: arrays[key] for key in GATED_BLOCK}
+        inputs = params, arrays["x"], arrays["target"], alpha
+        yield Case(name, *inputs, _evaluate(*inputs))
+
+
+def _evaluate(params, x, target, alpha):
+    both = {**params, "x": x}
+    grads = grad(lambda b: loss({n: b[n] for n in params}, b["x"], target, alpha)["loss"])(both)
+    return {**gated_attention(params, x), **loss(params, x, target, alpha), "grads": grads}
+
+
+def _flat(stages):
+    """{"loss": 1, "grads": {"x": 2}} -> {"loss": 1, "grads/x": 2}"""
+    grads = {"grads/" + name: g for name, g in stages.get("grads", {}).items()}
+    return {**{name: stages[name] for name in stages if name != "grads"}, **grads}
+
+
+def assert_matches(case, got, *, rtol=None, strict=False):
+    """Raises an AssertionError where `got` differs from `case.expected`. It names the first stage
+    in the data's flow that differs, its largest difference, and the other stages. One differs if
+
+        |got - expected| > tolerance * max |expected|        (a max of 0 counts as 1)
+        tolerance = rtol, else eps * max(16, 4 * e)
+
+    anywhere. eps: 2^-52 for what is given in float64, 2^-23 in float32, 2^-10 in float16, 2^-7 in
+    bfloat16. e: the error of this file's own functions in float32, in eps of it: under 1.5, and 9
+    for the gradients of `large_scores`. All gradients share one max and one e. Those of `W_V` and
+    `W_O` count times the norms that these are divided by, else a zero column's, of 1e12, would hide
+    the others. `attn_scores` count where key <= query.
+
+    got: a dict of any of the names in `expected` and in its `grads`: NumPy, PyTorch or JAX floats.
+    rtol: None, or a number in [0, 1). strict: True to compare also the gradients that pass through
+    gates of exactly 0 or 1, `W_gate_* b_gate_* x` in `gate_edges`: there frameworks differ.
+    ValueError: an unknown name, another type or shape, NaN, infinity (unless float16 overflows).
+    """
+    if not isinstance(case, Case) or not isinstance(strict, bool):
+        raise TypeError(f"case must be a Case, strict a bool, got {type(case)} and {strict!r}")
+    if rtol is not None:
+        _number("rtol", rtol, "None or a number in [0, 1)", lambda r: 0 <= r < 1)
+    _known("got", got, case.expected)
+    _known("got['grads']", got.get("grads", {"x": 0}), case.expected["grads"])
+    expected, norms = _flat(case.expected), {}
+
+    def read(stages):
+        return {n: _computed(n, value, expected[n]) for n, value in _flat(stages).items()}
+
+    single = [{n: np.float32(a) for n, a in case.params.items()}, *map(np.float32, case[2:4])]
+    want, plain, got = map(read, (case.expected, _evaluate(*single, case.alpha), got))
+    for name, axis in (("W_V", 1), ("W_O", 2)):
+        squares = (case.params[name] ** 2).sum(axis=axis, keepdims=True)
+        norms["grads/" + name] = np.sqrt(np.maximum(squares, 1e-24))
+    top = {n: (abs(array) * norms.get(n, 1)).max() for n, (array, _) in want.items()}
+    e = {n: (abs(plain[n][0] - want[n][0]) * norms.get(n, 1)).max() for n in want}
+    for most in (top, e):
+        grads = {n: most[n] for n in want if n.startswith("grads/")}
+        most.update(dict.fromkeys(grads, max(grads.values())))
+    skipped, differ = _flat({"grads": {"x": 0, **GATE}}), {}
+    if strict or not np.isin(expected["gate_scores"], (0, 1)).any():
+        skipped = {}
+    for name in [n for n in want if n in got and n not in skipped]:
+        (array, eps), scale = got[name], top[name] or 1
+        tolerance = eps * max(16, 4 * e[name] / scale / 2**-23) if rtol is None else rtol
+        error = abs(array - want[name][0]) * norms.get(name, 1)
+        if error.max() > tolerance * scale:
+            at = np.unravel_index(np.argmax(error), error.shape)
+            place = f"{name}[{', '.join(map(str, at))}]" if at else name
+            is_, should = array[at], want[name][0][at]
+            differ[name] = (
+                f"{place} is {is_:.17g}, should be {should:.17g}: off by {abs(is_ - should):.3g}, "
+                f"where {tolerance:.1e} of {scale:.3g} is allowed"
+            )
+    if differ:
+        first, *others = differ
+        others = f". These differ too: {', '.join(others)}" if others else ""
+        raise AssertionError(f"{case.name}: {differ[first]}{others}")
+
+
+def _known(name, values, known):
+    if not isinstance(values, dict) or not values or any(n not in known for n in values):
+        values = list(values) if isinstance(values, dict) else type(values)
+        raise ValueError(f"{name} must be a dict of any of {list(known)}, got {values}")
+
+
+def _computed(name, value, want):
+    """What a port computed, in float64, and the eps of the type it came in."""
+    try:
+        value = value.detach().cpu() if hasattr(value, "detach") else value  # PyTorch
+        bfloat16 = "bfloat16" in str(getattr(value, "dtype", ""))  # a type that NumPy lacks
+        if bfloat16:
+            value = value.float() if hasattr(value, "float") else value.astype(np.float32)
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise ValueError(f"{name} must be an array of floats: {problem}") from None
+    if array.dtype.name not in ("float16", "float32", "float64") or array.shape != np.shape(want):
+        got = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"{name} must be floats of shape {np.shape(want)}, got {got}")
+    held = abs(want) <= np.finfo(array.dtype).max  # not so: a masked score, and 1e12 in float16
+    if np.isnan(array).any() or np.isinf(array[held]).any():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    eps = 2**-7 if bfloat16 else np.finfo(array.dtype).eps
+    return np.where(np.isinf(want), 0.0, np.where(held, array, want)).astype(float), float(eps)
+
+
+def _main(arguments):
+    """Without arguments, says what it can do; with a file's name, writes the cases to it."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("python gatedref.py FILE.npz writes the conformance cases there: CASE/W_Q, CASE/x,")
+        print("CASE/target, CASE/alpha, CASE/expected/pattern, CASE/expected/grads/W_Q, and so on.")
+        print("python -m pydoc gatedref explains what is in this file. The cases are:\n")
+        for name, (_, sizes, *_) in _CASES.items():
+            print(f"{name:13}", *(f"{axis}={size:<2}" for axis, size in zip("BTHDKG", sizes)))
+        return 0 if arguments in ([], ["-h"], ["--help"]) else 2
+    arrays = {}
+    for case in cases():
+        inputs = {**case.params, "x": case.x, "target": case.target, "alpha": case.alpha}
+        expected = {"expected/" + name: value for name, value in _flat(case.expected).items()}
+        arrays.update({f"{case.name}/{n}": value for n, value in {**inputs, **expected}.items()})
+    try:
+        with open(arguments[0], "wb") as file:
+            np.savez(file, **arrays)
+    except OSError as problem:
+        print(f"cannot write {arguments[0]}: {problem.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------
 # The door: every argument is checked here, once, before anything is computed
 
 
@@ -492,3 +671,7 @@ def _number(name, value, wanted, valid, kinds="iuf"):
 
 def _whole(name, value, least):
     return int(_number(name, value, f"a whole number >= {least}", lambda n: n >= least, "iu"))
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
