@@ -123,10 +123,7 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
     ValueError: as `attention`, and an unknown activation, a value_scale that is not above 0.
     Source: the post, section by section; `value_scale` is this reference's own.
     """
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-    if value_scale is not None:
-        _number("value_scale", value_scale, "None or a finite number > 0", lambda s: s > 0)
+    _checked_options(activation, value_scale)
     params, x = _checked_block(params, x, GATED_BLOCK)
     block = {**{name: params[name] for name in BLOCK}, **normalised(params, value_scale)}
     gate_q, gate_k = (
@@ -206,7 +203,7 @@ def lp_penalty(gate, p=0.6, *, causal=False):
     if not causal:
         return np.mean(norm)
     pairs = np.tri(norm.shape[1], dtype=bool)
-    return (norm * pairs).sum() / (len(norm) * pairs.sum())
+    return (norm * pairs).sum() / (len(norm) * int(pairs.sum()))
 
 
 def lp_norm(gate, p):
@@ -233,9 +230,9 @@ def loss(params, x, target, alpha, *, activation="clamp", value_scale=None, p=0.
     Source: the post.
     """
     _number("alpha", alpha, "a finite number >= 0", lambda a: a >= 0)
-    target = _checked({"x": x, "target": target}, {"x": "BTD", "target": "BTD"})["target"]
     block = gated_attention(params, x, activation=activation, value_scale=value_scale)
-    error = block["attn_out"] - target
+    both = {"x": block["attn_out"], "target": target}  # attn_out is shaped like x
+    error = block["attn_out"] - _checked(both, {"x": "BTD", "target": "BTD"})["target"]
     mse, penalty = np.mean(error * error), lp_penalty(block["gate"], p, causal=causal)
     return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}
 
@@ -306,6 +303,9 @@ def transformer(layers, tokens, *, activation="clamp", value_scale=None):
     """
     if not isinstance(getval(layers), (list, tuple)) or len(layers) == 0:
         raise ValueError(f"layers must be a list of one or more parameter dicts, got {layers!r}")
+    if not all(isinstance(getval(layer), dict) for layer in layers):
+        raise TypeError(f"layers must be a list of parameter dicts, got {layers!r}")
+    _checked_options(activation, value_scale)
     gated = [any(name in layer for name in GATE) for layer in layers]
     axes = [GATED_BLOCK if is_gated else BLOCK for is_gated in gated]
     checked = [_checked(_named(layer, a), a) for layer, a in zip(layers, axes)]
@@ -421,7 +421,8 @@ def holders(result, answers, threshold=0.99):
     counts[0] = 0  # the empty set is no holder
     numbers = np.flatnonzero(counts / n_sequences > threshold)
     sets = [tuple(h for h in range(n_heads) if number >> h & 1) for number in numbers]
-    return sorted(heads for heads in sets if len(heads) == min(map(len, sets)))
+    fewest = min(map(len, sets), default=0)
+    return sorted(heads for heads in sets if len(heads) == fewest)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -611,11 +612,8 @@ def _checked(values, axes):
     arrays, sizes = {}, {}
     for name, letters in axes.items():
         value = values[name]
-        try:
-            array = np.asarray(getval(value))
-        except ValueError as ragged:
-            raise ValueError(f"{name} must be an array, got one that is ragged: {ragged}") from None
-        if array.dtype.kind not in "iuf" or array.dtype == np.float16:
+        array = _array(name, getval(value))
+        if array.dtype.kind not in "iu" and array.dtype not in (np.float64, np.float32):
             wanted = "float64, float32 or integer numbers"
             raise ValueError(f"{name} must hold {wanted}, got {type(value)} of {array.dtype}")
         if array.ndim != len(letters):
@@ -650,8 +648,15 @@ def _named(params, axes):
     return {name: params[name] for name in axes}
 
 
+def _array(name, value):
+    try:
+        return np.asarray(value)
+    except ValueError as ragged:
+        raise ValueError(f"{name} must be an array, got {type(value)}: {ragged}") from None
+
+
 def _tokens(name, value, letters, n_tokens):
-    array = np.asarray(value)
+    array = _array(name, value)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must hold integers, got {type(value)} of {array.dtype}")
     if array.ndim != len(letters) or array.size == 0:
@@ -662,8 +667,15 @@ def _tokens(name, value, letters, n_tokens):
     return array
 
 
+def _checked_options(activation, value_scale):
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    if value_scale is not None:
+        _number("value_scale", value_scale, "None or a finite number > 0", lambda s: s > 0)
+
+
 def _number(name, value, wanted, valid, kinds="iuf"):
-    number = np.asarray(getval(value))
+    number = _array(name, getval(value))
     if number.ndim or number.dtype.kind not in kinds or not (np.isfinite(number) and valid(number)):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return value

@@ -1067,7 +1067,7 @@ def test_a_disagreement_names_both_arguments_and_both_sizes():
     params = randoms(UNGATED)
     with pytest.raises(ValueError, match=r"x has 6 along D, where W_Q has 5.*\(2, 3, 6\)"):
         gatedref.attention(params, randoms("BTD", D=6))
-    with pytest.raises(ValueError, match=r"x has 0 along T, where needs at least 1"):
+    with pytest.raises(ValueError, match=r"x has 0 along T, where at least 1 is needed"):
         gatedref.attention(params, randoms("BTD", T=0))
     x = randoms("BTD")
     x[1, 2, :2] = np.nan

@@ -1,99 +1,982 @@
+"""train: superposition appears in a toy model, and a gated block takes it apart.
+
+    python train.py                    the three published settings: tables, pictures (a minute)
+    python train.py sweep ablations    how often it works, and what it needs (half an hour each)
+    python train.py --help
+
+The toy is one attention block with fewer heads than there are skip trigrams, trained on next-token
+cross-entropy. The gated block then learns to reproduce the toy's `attn_out` under the L0.6 penalty.
+All maths of the method is in `gatedref.py`; here are a faster form of it for tokens without
+positions, the recipe of training, the experiments, and what they print and draw.
+"""
+
+import argparse
+import contextlib
+import json
 import math
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from importlib import metadata
+from pathlib import Path
+
+# For this process and its workers: one BLAS thread each, since several train at once (and other
+# thread counts may sum in other orders), and glibc keeps the memory it has instead of handing it
+# back at every step, which costs more than the arithmetic.
+os.environ.update({f"{blas}_NUM_THREADS": "1" for blas in ("OPENBLAS", "OMP", "MKL")})
+os.environ.update({"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)})
+os.environ.update({"MALLOC_TOP_PAD_": str(2**26)})
+
 import numpy as np
-from autograd import value_and_grad, grad
 from autograd.misc.optimizers import adam
-from autograd.tracer import getval
-from autograd.extend import primitive, defvjp_argnums
-import gatedref as G
+
+import gatedref
+
+# ------------------------------------------------------------------------------------------------
+# The fast form. Without positions, one-hot tokens see their context through its token counts alone:
+# what a block puts out is a function of the row (query token, counts of the tokens up to it), and
+# the gate one of (query token, key token). Rows are kept by query token, as `counts` [V, rows, V];
+# N blocks are computed at once, their parameters stacked along a first axis.
 
 
-def tabulate(tokens, n_tokens):
-    """Rows of counts, grouped by query token and padded"""
-    counts = np.cumsum(np.eye(n_tokens, dtype=np.int8)[tokens], axis=1, dtype=np.int8 if tokens.shape[1] < 128 else np.int64)
-    n_s, T = tokens.shape
-    pairs = np.einsum("sa,sv->av", counts[:, -1].astype(float), counts[:, -1].astype(float)) / (n_s * T * T)
-    flat = np.concatenate([tokens.reshape(-1, 1), counts.reshape(-1, n_tokens)], axis=1)
-    rows, n = np.unique(flat, axis=0, return_counts=True)
-    size = np.bincount(rows[:, 0], minlength=n_tokens).max()
-    C = np.repeat(np.eye(n_tokens)[:, None], size, axis=1)
-    w = np.zeros((n_tokens, size))
-    for a in range(n_tokens):
-        mine = rows[:, 0] == a
-        C[a, : mine.sum()] = rows[mine, 1:]
-        w[a, : mine.sum()] = n[mine] / (n_s * T)
-    return {"counts": C, "weight": w, "pairs": pairs}
+def tabulate(tokens, n_tokens, causal=False):
+    """Sequences as weighted rows: `counts` [V, R, V] and `weight` [V, R], the distinct rows of each
+    query token and how often each occurs, padded by rows of weight 0; and `pairs` [V, V], how often
+    a query and a key are these two tokens, over the pairs that the penalty's mean is over."""
+    rows = _rows(tokens, n_tokens)
+    found = [np.unique(rows[tokens == t], axis=0, return_counts=True) for t in range(n_tokens)]
+    size = max(len(distinct) for distinct, _ in found)
+    counts = np.repeat(np.eye(n_tokens)[:, None], size, axis=1)
+    weight = np.zeros((n_tokens, size))
+    for token, (distinct, times) in enumerate(found):
+        counts[token, : len(distinct)] = distinct
+        weight[token, : len(distinct)] = times / tokens.size
+    return {"counts": counts, "weight": weight, "pairs": _pairs(tokens, rows, causal)}
 
 
-def fast_attend(block, counts, gate=None):
-    """`attention`'s output on rows of counts, for N blocks at once, and its derivative."""
-    q, k, v = (block["W_" + n] + block["b_" + n][..., None, :] for n in "QKV")  # [N, H, V, K]
-    N, H, V, K = v.shape
-    scores = q @ np.swapaxes(k, 2, 3) / K**0.5
-    E = np.exp(scores - scores.max(axis=3, keepdims=True))
-    U = E if gate is None else E * gate
-    Uv = U[..., None] * v[:, :, None]
-    by_token = lambda A: np.moveaxis(A, (2, 3), (0, 1)).reshape(V, V, -1)
-    inverse = 1 / (counts @ by_token(E)).reshape(V, -1, N, H, 1)
-    z = (counts @ by_token(Uv)).reshape(V, -1, N, H, K) * inverse
-    Z, W_O = np.swapaxes(z.reshape(-1, N, H * K), 0, 1), block["W_O"].reshape(N, H * K, -1)
+def _rows(tokens, n_tokens):
+    return np.cumsum(np.eye(n_tokens, dtype=np.int16)[tokens], axis=1, dtype=np.int16)  # [S, T, V]
+
+
+def _pairs(tokens, rows, causal):
+    seen = rows if causal else np.broadcast_to(rows[:, -1:], rows.shape)  # [S, T, V]
+    n_tokens = rows.shape[2]
+    pairs = np.stack([seen[tokens == token].sum(axis=0) for token in range(n_tokens)])
+    return pairs / pairs.sum()
+
+
+def fast_attention(block, counts, gate=1.0):
+    """`gatedref.attention`'s `attn_out` on rows, and the way back through it.
+
+    block: parameters [N, H, ...]. counts: [V, R, V]. gate: [N, H, query token, key token], or 1.
+    Returns `attn_out` [N, V * R, D], and a function that turns d loss / d attn_out into a dict of
+    gradients for the block, and d loss / d gate.
+    """
+    q, k, v = (block["W_" + n] + block["b_" + n][:, :, None] for n in "QKV")  # [N, H, V, K]
+    n_blocks, n_heads, n_tokens, d_head = v.shape
+    scores = q @ np.swapaxes(k, 2, 3) / d_head**0.5  # [N, H, query token, key token]
+    gate = np.broadcast_to(gate, scores.shape)[..., None]
+    values = gate * v[:, :, None]  # [N, H, query token, key token, K]
+    # One maximum for all rows of a query token serves while no token that it leaves underflows.
+    spread = (scores.max(axis=3) - scores.min(axis=3)).max()
+    average = _average_by_table if spread < 600 else _average_by_row
+    z, back = average(scores, values, counts)  # [V, R, N, H, K]
+    z = np.swapaxes(z.reshape(-1, n_blocks, n_heads * d_head), 0, 1)  # [N, V R, H K]
+    W_O = block["W_O"].reshape(n_blocks, n_heads * d_head, -1)
 
     def backward(d_out):
-        d_z = np.swapaxes(d_out @ np.swapaxes(W_O, 1, 2), 0, 1).reshape(z.shape)
-        d_num = d_z * inverse
-        d_den = -(d_num * z).sum(axis=-1)
-        C = np.swapaxes(counts, 1, 2)
-        by_head = lambda A, *K: np.moveaxis(A.reshape(V, V, N, H, *K), (0, 1), (2, 3))
-        d_Uv = by_head(C @ d_num.reshape(V, -1, N * H * K), K)
-        d_E = by_head(C @ d_den.reshape(V, -1, N * H))
-        d_U = (d_Uv * v[:, :, None]).sum(axis=-1)
-        d_v = (d_Uv * U[..., None]).sum(axis=2)
-        d_gate = None if gate is None else E * d_U
-        d_scores = E * (d_E + (d_U if gate is None else gate * d_U)) / K**0.5
-        grads = {"W_Q": d_scores @ k, "W_K": np.swapaxes(d_scores, 2, 3) @ q, "W_V": d_v}
-        grads |= {"b" + n[1:]: g.sum(axis=2) for n, g in grads.items()}
-        grads["W_O"] = (np.swapaxes(Z, 1, 2) @ d_out).reshape(block["W_O"].shape)
-        return grads, d_gate
+        d_z = np.swapaxes(d_out @ np.swapaxes(W_O, 1, 2), 0, 1)
+        d_scores, d_values = back(d_z.reshape(n_tokens, -1, n_blocks, n_heads, d_head))
+        d_scores = d_scores / d_head**0.5
+        grads = {"W_Q": d_scores @ k, "W_K": np.swapaxes(d_scores, 2, 3) @ q}
+        grads["W_V"] = (d_values * gate).sum(axis=2)
+        grads |= {"b" + name[1:]: grad.sum(axis=2) for name, grad in grads.items()}
+        grads["W_O"] = (np.swapaxes(z, 1, 2) @ d_out).reshape(block["W_O"].shape)
+        return grads, (d_values * v[:, :, None]).sum(axis=-1)
 
-    return Z @ W_O, backward
+    return z @ W_O, backward
 
 
-def fast_loss(params, rows, target, alpha, activation="clamp", value_scale=None, p=0.6, leak=0):
-    gq, gk = (params["W_gate_" + n] + params["b_gate_" + n][..., None, :] for n in "QK")
-    s = gq @ np.swapaxes(gk, 2, 3)
-    gate = G.ACTIVATIONS[activation](s)  # N,H,a,v
-    block = {**params, **G.normalised(params, value_scale)}
-    out, backward = fast_attend(block, rows["counts"], gate)
-    D = out.shape[-1]
-    err = out - target.reshape(-1, D)
-    d_out = err * (rows["weight"].reshape(-1, 1) * (2 / D))
-    mse = (err * d_out).sum(axis=(1, 2)) / 2
-    shut = gate == 0
-    gp = (gate + shut) ** p * ~shut
-    total = gp.sum(axis=1)
-    norm = total ** (1 / p)
-    penalty = (rows["pairs"] * norm).sum(axis=(1, 2))
+def _average_by_table(scores, values, counts):
+    """Softmax-weighted mean of the values: two products of the counts with tables over tokens."""
+    n_blocks, n_heads, n_tokens, _, d_head = values.shape
+    weights = np.exp(scores - scores.max(axis=3, keepdims=True))
+    weighted = weights[..., None] * values
+    by_token = (n_tokens, n_tokens, -1)
+    inverse = 1 / (counts @ np.moveaxis(weights, (2, 3), (0, 1)).reshape(by_token))
+    inverse = inverse.reshape(n_tokens, -1, n_blocks, n_heads, 1)
+    z = counts @ np.moveaxis(weighted, (2, 3), (0, 1)).reshape(by_token)
+    z = z.reshape(n_tokens, -1, n_blocks, n_heads, d_head) * inverse
+
+    def back(d_z):
+        d_sum = d_z * inverse
+        d_total = -(d_sum * z).sum(axis=-1)
+
+        def to_tables(d, *last):
+            d = np.swapaxes(counts, 1, 2) @ d.reshape(n_tokens, d.shape[1], -1)
+            d = d.reshape(n_tokens, n_tokens, n_blocks, n_heads, *last)
+            return np.moveaxis(d, (0, 1), (2, 3))
+
+        d_weighted = to_tables(d_sum, d_head)
+        d_weights = to_tables(d_total) + (d_weighted * values).sum(axis=-1)
+        return weights * d_weights, weights[..., None] * d_weighted
+
+    return z, back
+
+
+def _average_by_row(scores, values, counts):
+    """The same with each row's own maximum, over the tokens that it has: slow, for any scores."""
+    seen = np.where(counts > 0, scores[:, :, :, None], -np.inf)  # [N, H, query token, R, key token]
+    weights = counts * np.exp(seen - seen.max(axis=-1, keepdims=True))
+    pattern = weights / weights.sum(axis=-1, keepdims=True)
+
+    def back(d_z):
+        d_z = np.moveaxis(d_z, (2, 3), (0, 1))
+        d_pattern = d_z @ np.swapaxes(values, 3, 4)
+        d_scores = pattern * (d_pattern - (pattern * d_pattern).sum(axis=-1, keepdims=True))
+        return d_scores.sum(axis=3), np.swapaxes(pattern, 3, 4) @ d_z
+
+    return np.moveaxis(pattern @ values, (0, 1), (2, 3)), back
+
+
+def fast_loss_and_grad(
+    params, rows, target, alpha, *, activation="clamp", value_scale=None, p=0.6, reopen=False
+):
+    """`gatedref.loss_and_grad` on rows, for N gated blocks at once.
+
+    params: arrays [N, H, ...]. rows: what `tabulate` returns. target: [V, R, D].
+    reopen: True to let the gradient through gates that are stuck. A gate score below 0 or above 1
+    has no gradient, so such a gate never comes back; with `reopen` it gets the gradient that it
+    would have at 0 or 1 where that points back inside. The loss stays what it is.
+    Returns a dict of `mse`, `penalty` and `loss` [N], and the gradients, keyed like `params`.
+    """
+    gate_q, gate_k = (params["W_gate_" + n] + params["b_gate_" + n][:, :, None] for n in "QK")
+    scores = gate_q @ np.swapaxes(gate_k, 2, 3)  # [N, H, query token, key token]
+    gate = gatedref.ACTIVATIONS[activation](scores)
+    block = {**params, **gatedref.normalised(params, value_scale)}
+    attn_out, backward = fast_attention(block, rows["counts"], gate)
+    error = attn_out - target.reshape(-1, target.shape[-1])
+    d_out = error * (rows["weight"].reshape(-1, 1) * 2 / target.shape[-1])
+    mse = (error * d_out).sum(axis=(1, 2)) / 2
     grads, d_gate = backward(d_out)
-    void = total == 0
-    d_norm = (norm / (total + void) * rows["pairs"] * alpha)[:, None]
-    d_gate += d_norm * gp / (gate + shut)
-    ds = d_gate * (slope(activation, s, gate) + leak * ((s < 0) & (d_gate < 0) | (s > 1) & (d_gate > 0)))
-    grads["W_gate_Q"] = ds @ gk; grads["W_gate_K"] = np.swapaxes(ds, 2, 3) @ gq
-    grads["b_gate_Q"] = grads["W_gate_Q"].sum(axis=2); grads["b_gate_K"] = grads["W_gate_K"].sum(axis=2)
-    grads["W_O"] = d_unit(params["W_O"], grads["W_O"], -1)
+
+    shut = gate == 0
+    powered = (gate + shut) ** p * ~shut
+    total = powered.sum(axis=1, keepdims=True)  # [N, 1, query token, key token]
+    norm = total ** (1 / p)
+    penalty = (rows["pairs"] * norm).sum(axis=(1, 2, 3))
+    d_norm = alpha * rows["pairs"] * norm / (total + (total == 0))
+    d_gate = d_gate + d_norm * powered / (gate + shut)
+
+    inside = {"relu": scores > 0, "tanh": (scores > 0) * (1 - gate * gate)}
+    d_scores = d_gate * inside.get(activation, (scores >= 0) & (scores <= 1))
+    if reopen:
+        d_scores = d_scores + d_gate * ((scores < 0) & (d_gate < 0) | (scores > 1) & (d_gate > 0))
+    grads["W_gate_Q"], grads["W_gate_K"] = d_scores @ gate_k, np.swapaxes(d_scores, 2, 3) @ gate_q
+    grads |= {"b" + name[1:]: grads[name].sum(axis=2) for name in ("W_gate_Q", "W_gate_K")}
+
+    grads["W_O"] = _unit_back(params["W_O"], grads["W_O"], axis=-1)
     if value_scale is None:
-        grads["W_V"] = d_unit(params["W_V"], grads["W_V"], -2)
+        grads["W_V"] = _unit_back(params["W_V"], grads["W_V"], axis=-2)
     else:
-        j = lambda d: np.concatenate([d["W_V"], d["b_V"][..., None, :]], axis=-2)
-        d = d_unit(j(params), value_scale * j(grads), -2)
-        grads["W_V"], grads["b_V"] = d[..., :-1, :], d[..., -1, :]
+        joined = (_with_bias(a) for a in (params, grads))
+        d_joined = value_scale * _unit_back(*joined, axis=-2)
+        grads["W_V"], grads["b_V"] = d_joined[..., :-1, :], d_joined[..., -1, :]
     return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}, grads
 
-def slope(activation, s, gate):
-    if activation in ("clamp", "binary"): return (s >= 0) & (s <= 1)
-    if activation == "relu": return s > 0
-    return (1 - gate * gate) * (s > 0)
 
-def d_unit(W, d, axis):
-    sq = (W * W).sum(axis=axis, keepdims=True)
-    n = np.sqrt(np.maximum(sq, 1e-24))
-    return (d - (sq > 1e-24) * W * ((W * d).sum(axis=axis, keepdims=True) / (n * n))) / n
+def _with_bias(arrays):
+    return np.concatenate([arrays["W_V"], arrays["b_V"][..., None, :]], axis=-2)
+
+
+def _unit_back(W, d_unit, axis):
+    """d loss / d W, from that by W / max(norm of W, 1e-12)."""
+    squares = (W * W).sum(axis=axis, keepdims=True)
+    norm, free = np.sqrt(np.maximum(squares, 1e-24)), squares > 1e-24
+    return (d_unit - free * W * ((W * d_unit).sum(axis=axis, keepdims=True) / norm**2)) / norm
+
+
+# ------------------------------------------------------------------------------------------------
+# Training. alpha is told in units of the target's variance, so that loss / variance is FVU + alpha *
+# penalty, whatever the toy. N starts run side by side and the one with the lowest loss is kept.
+
+RECIPE = {
+    "heads": 3,  # gated heads, as a multiple of the toy's
+    "d_head": 2,
+    "d_gate": 2,
+    "starts": 12,
+    "steps": 2500,
+    "rate": 0.01,
+    "alpha": (6.0, 0.6, 0.2),  # from and to, geometrically, between `free` and `settle`; then
+    "free": 0.1,  # until this part of the steps, no penalty
+    "settle": 0.6,
+    "p": 0.6,
+    "activation": "clamp",
+    "value_scale": 2.0,  # times the largest entry of the target; None: the published value bias
+    "causal": False,
+    "reopen": True,
+    "copies": None,  # start from copies of the toy's heads, with noise of this standard deviation
+}
+TOY = {"starts": 8, "steps": 2000, "rate": 0.02}
+QUICK = {"starts": 2, "steps": 40}
+SETTINGS = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5)}
+
+
+def stream(*numbers):
+    """A seed of its own for everything that is random, from the run's seed and what it is for."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def sample_contexts(n_trigrams, n_sequences, seed, causal=False):
+    """Rows to train on, by query token: their counts, the token that comes next (-1 after the last
+    position), the share of all rows, and `pairs`."""
+    n_tokens = 2 * n_trigrams + 2
+    tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
+    rows = _rows(tokens, n_tokens)
+    after = np.concatenate([tokens[:, 1:], np.full((len(tokens), 1), -1)], axis=1)
+    return {
+        "counts": [rows[tokens == token] for token in range(n_tokens)],
+        "after": [after[tokens == token] for token in range(n_tokens)],
+        "share": np.bincount(tokens.ravel(), minlength=n_tokens) / tokens.size,
+        "pairs": _pairs(tokens, rows, causal),
+    }
+
+
+def draw(contexts, size, rng):
+    """A batch, as `tabulate` returns it: the same number of rows for each query token, weighted."""
+    picks = [rng.integers(len(rows), size=size) for rows in contexts["counts"]]
+    counts, after = (
+        np.stack([rows[pick] for rows, pick in zip(contexts[name], picks)])
+        for name in ("counts", "after")
+    )
+    weight = np.repeat(contexts["share"][:, None] / size, size, axis=1)
+    pairs = contexts["pairs"]
+    return {"counts": counts.astype(float), "after": after, "weight": weight, "pairs": pairs}
+
+
+def descend(gradient, params, n_steps, rate):
+    """Adam, in three legs of shrinking steps. gradient(params, step) -> a dict like params."""
+    done = 0
+    for share, shrink in ((0.6, 1), (0.25, 0.3), (0.15, 0.1)):
+        leg, start = round(share * n_steps), done
+        params = adam(lambda p, i: gradient(p, start + i), params, None, leg, rate * shrink)  # noqa: B023
+        done += leg
+    return params
+
+
+def stacked(blocks):
+    return {name: np.stack([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def cross_entropy(params, batch):
+    """Next-token loss [N] of toy models on a batch, over all positions but the last, and gradients."""
+    n_tokens, size, _ = batch["counts"].shape
+    attn_out, backward = fast_attention(params, batch["counts"])
+    logits = attn_out + np.repeat(np.eye(n_tokens), size, axis=0)
+    log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    after = np.eye(n_tokens + 1)[batch["after"].ravel()][:, :n_tokens]  # [rows, V], 0 after the last
+    weight = (batch["weight"].ravel() * after.sum(axis=1))[:, None]
+    weight = weight / weight.sum()
+    grads, _ = backward((np.exp(log_p) - after) * weight)
+    return -(log_p * after * weight).sum(axis=(1, 2)), grads
+
+
+def train_toy(n_heads, n_trigrams, seed, starts, steps, rate, note=None):
+    """A toy model's parameters: the one with the lowest cross-entropy of all starts."""
+    contexts = sample_contexts(n_trigrams, 5000, stream(seed, 1))
+    rng = np.random.default_rng(stream(seed, 2))
+    sizes = (n_heads, 2 * n_trigrams + 2, 1)
+    params = stacked([gatedref.init_params(*sizes, stream(seed, 3, i)) for i in range(starts)])
+
+    def gradient(params, step):
+        losses, grads = cross_entropy(params, draw(contexts, 60, rng))
+        _watch(note, step, steps, {"loss": losses})
+        return grads
+
+    params = descend(gradient, params, steps, rate)
+    best = np.argmin(cross_entropy(params, draw(contexts, 1000, rng))[0])
+    return {name: array[best] for name, array in params.items()}
+
+
+def alpha_at(recipe, progress):
+    first, last, final = recipe["alpha"]
+    if progress < recipe["free"]:
+        return 0.0
+    if progress >= recipe["settle"]:
+        return final
+    part = (progress - recipe["free"]) / (recipe["settle"] - recipe["free"])
+    return first * (last / first) ** part
+
+
+def train_gated(toy, n_trigrams, seed, recipe, note=None):
+    """A gated block that reproduces a toy block: the start whose loss is the lowest at the end.
+
+    Returns its parameters, the options of `gatedref.gated_attention` that it was trained with, alpha
+    (absolute, at the end), and the training curves of that start [step, (error, penalty, alpha)].
+    """
+    n_tokens = 2 * n_trigrams + 2
+    contexts = sample_contexts(n_trigrams, 5000, stream(seed, 4), recipe["causal"])
+    rng = np.random.default_rng(stream(seed, 5))
+    teacher = stacked([toy])
+
+    def batch_and_target(size):
+        batch = draw(contexts, size, rng)
+        target, _ = fast_attention(teacher, batch["counts"])
+        return batch, target.reshape(n_tokens, size, n_tokens)
+
+    batch, target = batch_and_target(500)
+    weight = batch["weight"][..., None]
+    variance = (weight * (target - (weight * target).sum(axis=(0, 1))) ** 2).sum() / n_tokens
+    scale = recipe["value_scale"] and float(recipe["value_scale"] * abs(target).max())
+    options = {"activation": recipe["activation"], "value_scale": scale}
+    fixed = {**options, "p": recipe["p"]}
+
+    n_heads = recipe["heads"] * len(toy["W_Q"])
+    sizes = (n_heads, n_tokens, recipe["d_head"])
+    starts = [
+        gatedref.init_params(*sizes, stream(seed, 6, i), recipe["d_gate"])
+        for i in range(recipe["starts"])
+    ]
+    if recipe["copies"] is not None:
+        starts = [_copies(toy, start, recipe["copies"], rng) for start in starts]
+    steps, curves = recipe["steps"], []
+
+    def gradient(params, step):
+        batch, target = batch_and_target(40)
+        alpha = alpha_at(recipe, step / steps) * variance
+        reopen = recipe["reopen"]
+        scalars, grads = fast_loss_and_grad(params, batch, target, alpha, reopen=reopen, **fixed)
+        errors = scalars["mse"] / variance
+        curves.append([errors, scalars["penalty"], np.full(len(errors), alpha / variance)])
+        _watch(note, step, steps, {**scalars, "alpha": alpha / variance})
+        return grads
+
+    params = descend(gradient, stacked(starts), steps, recipe["rate"])
+    alpha = alpha_at(recipe, 1.0) * variance
+    losses = fast_loss_and_grad(params, *batch_and_target(1000), alpha, **fixed)[0]["loss"]
+    best = np.argmin(losses)
+    params = {name: array[best] for name, array in params.items()}
+    return params, options, alpha, np.array(curves)[:, :, best]
+
+
+def _copies(toy, start, noise, rng):
+    """The toy's heads, over and over, in the first dimension of each head, and noise on all."""
+    block = {name: noise * rng.normal(size=start[name].shape) for name in gatedref.BLOCK}
+    for head in range(len(start["W_Q"])):
+        for name, array in block.items():
+            original = toy[name][head % len(toy[name])]
+            array[head][tuple(slice(size) for size in original.shape)] += original
+    return {**start, **block}
+
+
+def _watch(note, step, steps, scalars):
+    """Stops a run that diverges, and tells how far a run has come."""
+    if not np.isfinite(scalars["loss"]).all():
+        raise FloatingPointError(f"the loss became {scalars['loss'].max()} at step {step} of {steps}")
+    if note and step % max(1, steps // 100) == 0:
+        means = {name: float(np.mean(value)) for name, value in scalars.items()}
+        note({"done": step / steps, "step": step, **means})
+
+
+# ------------------------------------------------------------------------------------------------
+# What a model does, measured with the reference itself
+
+
+def measure(block, n_trigrams, seed, n_sequences, **options):
+    """Of a one-block model, for each trigram: accuracy, the holding sets, and each head's mean
+    output on the answer [H, n]. On sequences with just one completed trigram; where its B is last
+    that counts for holding alone. Holding is judged on 1,000 sequences a trigram, if there are."""
+    tokens, completes = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
+    tokens, completes = (a[completes.sum(axis=1) == 1] for a in (tokens, completes))
+    sequence, position = np.nonzero(completes)
+    answers = tokens[sequence, position] + n_trigrams
+    logits, result = [], []
+    for part in np.array_split(np.arange(len(tokens)), math.ceil(len(tokens) / 500)):
+        model = gatedref.transformer([block], tokens[part], **options)
+        here = np.arange(len(part)), position[part]
+        logits.append(model["logits"][here])
+        result.append(model["blocks"][0]["result"][here])
+    right = np.concatenate(logits).argmax(axis=-1) == answers
+    result = np.concatenate(result)
+    accuracy, holding, outputs = [], [], []
+    for answer in range(n_trigrams + 1, 2 * n_trigrams + 1):
+        mine = np.flatnonzero(answers == answer)
+        accuracy.append(float(right[mine][position[mine] < tokens.shape[1] - 1].mean()))
+        held = gatedref.holders(result[mine[:1000]], answers[mine[:1000]])
+        holding.append([list(heads) for heads in held])
+        outputs.append(result[mine, :, answer].mean(axis=0))
+    return accuracy, holding, np.array(outputs).T
+
+
+def unexplained(toy, gated, n_trigrams, seed, n_sequences, **options):
+    """FVU, the fraction of the toy's output variance that the gated block leaves unexplained; and
+    the penalty's mean, both on fresh sequences."""
+    tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
+    errors, targets, penalties = [], [], []
+    for part in np.array_split(tokens, math.ceil(n_sequences / 500)):
+        targets.append(gatedref.transformer([toy], part)["blocks"][0]["attn_out"])
+        block = gatedref.transformer([gated], part, **options)["blocks"][0]
+        errors.append(((block["attn_out"] - targets[-1]) ** 2).sum())
+        penalties.append(gatedref.lp_penalty(block["gate"]) * len(part))
+    targets = np.concatenate(targets)
+    deviations = ((targets - targets.mean(axis=(0, 1))) ** 2).sum()
+    return float(sum(errors) / deviations), float(sum(penalties) / n_sequences)
+
+
+def is_distributed(accuracy, holding):
+    return accuracy > 0.99 and not any(len(heads) == 1 for heads in holding)
+
+
+def is_success(run):
+    """Every trigram right and held by just one head, no head holding two, FVU at most 0.01."""
+    single = [held[0][0] for held in run["holders_gated"] if len(held) == 1 and len(held[0]) == 1]
+    one_each = len(single) == len(set(single)) == run["n_trigrams"]
+    return bool(min(run["accuracy_gated"]) > 0.99 and one_each and run["fvu"] <= 0.01)
+
+
+def run_setting(job, note=None):
+    """One toy model and its gated block. Returns the run, as results.json tells it, and the rest."""
+    began = time.perf_counter()
+    n_heads, n_trigrams, seed = job["n_heads"], job["n_trigrams"], job["seed"]
+    recipe = {**RECIPE, **(QUICK if job["quick"] else {}), **job["changes"]}
+    n_sequences = 2000 if job["quick"] else 20000
+    for redraws in range(1 if job["quick"] else 10):
+        toy_seed = stream(seed, n_heads, n_trigrams, redraws)
+        toy_recipe = {**TOY, **(QUICK if job["quick"] else {})}
+        toy = train_toy(n_heads, n_trigrams, toy_seed, **toy_recipe, note=note)
+        accuracy, holding, toy_outputs = measure(toy, n_trigrams, stream(seed, 7), n_sequences)
+        if min(accuracy) > 0.99 and any(map(is_distributed, accuracy, holding)):
+            break
+    gated_seed = stream(seed, n_heads, n_trigrams, 8)
+    gated, options, alpha, curves = train_gated(toy, n_trigrams, gated_seed, recipe, note)
+    after = measure(gated, n_trigrams, stream(seed, 9), n_sequences, **options)
+    fvu, penalty = unexplained(toy, gated, n_trigrams, stream(seed, 10), n_sequences // 2, **options)
+    run = {
+        "key": job["key"],
+        "variant": job["variant"],
+        "seed": seed,
+        "redraws": redraws,
+        "n_heads": n_heads,
+        "n_trigrams": n_trigrams,
+        "n_gated_heads": len(gated["W_Q"]),
+        "alpha": float(alpha),
+        "steps": recipe["steps"],
+        "starts": recipe["starts"],
+        "accuracy_toy": accuracy,
+        "accuracy_gated": after[0],
+        "holders_toy": holding,
+        "holders_gated": after[1],
+        "fvu": fvu,
+        "penalty": penalty,
+    }
+    run |= {"success": is_success(run), "seconds": time.perf_counter() - began}
+    scale = options["value_scale"]
+    params = {"toy": toy, "gated": {**gated, **({} if scale is None else {"value_scale": scale})}}
+    return run, {"params": params, "outputs": (toy_outputs, after[2]), "curves": curves}
+
+
+# ------------------------------------------------------------------------------------------------
+# Experiments. Each returns its rows for results.json, and whatever its pictures need beside them.
+
+
+def make_job(key, seed, variant="default", changes=None, quick=False):
+    n_heads, n_trigrams = SETTINGS[key]
+    sizes = {"key": key, "n_heads": n_heads, "n_trigrams": n_trigrams}
+    return {**sizes, "seed": seed, "variant": variant, "changes": changes or {}, "quick": quick}
+
+
+def default_changes(arguments):
+    return {"value_scale": None} if arguments.published else {}
+
+
+def experiment_main(arguments):
+    keys = sorted(SETTINGS, reverse=True)  # the longest first: the cores are then done together
+    variant = "published value bias" if arguments.published else "default"
+    changes = default_changes(arguments)
+    jobs = [make_job(key, arguments.seed, variant, changes, arguments.quick) for key in keys]
+    results = sorted(run_all(jobs), key=lambda result: result[0]["key"])
+    runs = [run for run, _ in results]
+    for run in runs:
+        describe(run)
+    params = {
+        f"{run['key']}/{block}/{name}": array
+        for run, rest in results
+        for block, arrays in rest["params"].items()
+        for name, array in arrays.items()
+    }
+    write(arguments.out / "blocks.npz", lambda file: np.savez(file, **params))
+    draw_before_after(results, arguments.out)
+    draw_gates(results[-1], arguments.out)
+    draw_training(results, arguments.out)
+    draw_penalty(arguments.out)
+    return runs
+
+
+def run_all(jobs):
+    """Runs the jobs, a process for each core, with one line of progress; results in the same order.
+
+    Fresh processes, since BLAS threads and the C library read their settings at the start."""
+    context = multiprocessing.get_context("spawn")
+    notes = context.SimpleQueue()
+    workers = min(len(jobs), os.cpu_count() or 1)
+    began, progress = time.perf_counter(), {}
+    with ProcessPoolExecutor(workers, context, _start_worker, (notes,)) as pool:
+        futures = [pool.submit(_run_job, number, job) for number, job in enumerate(jobs)]
+        try:
+            while wait(futures, timeout=0.2, return_when="FIRST_EXCEPTION").not_done:
+                while not notes.empty():
+                    number, note = notes.get()
+                    progress[number] = note
+                done = sum(future.done() for future in futures)
+                if any(future.done() and future.exception() for future in futures):
+                    break
+                _show_progress(jobs, progress, done, time.perf_counter() - began)
+            return [future.result() for future in futures]
+        except BaseException:
+            for process in list(pool._processes.values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            _clear_line()
+
+
+def _start_worker(notes):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+    _run_job.notes = notes
+
+
+def _run_job(number, job):
+    note = lambda told: _run_job.notes.put((number, told))
+    try:
+        return run_setting(job, note)
+    except FloatingPointError as diverged:
+        settings = {name: job[name] for name in ("key", "seed", "variant", "changes")}
+        raise FloatingPointError(f"{diverged}, with {settings}") from None
+
+
+def _show_progress(jobs, progress, done, elapsed):
+    if not (sys.stderr.isatty() and progress):
+        return
+    number, told = max(progress.items(), key=lambda item: (item[1].get("penalty") is not None, item[0]))
+    share = (done + sum(note["done"] for n, note in progress.items() if n >= done)) / len(jobs)
+    left = elapsed * (1 / max(share, 0.01) - 1)
+    values = "  ".join(f"{name} {told[name]:.4f}" for name in ("loss", "penalty", "alpha") if name in told)
+    job = jobs[number]
+    line = f"{done}/{len(jobs)} done  {job['key']} seed {job['seed']}  step {told['step']}  {values}"
+    print(f"\r\033[K{line}  {left:.0f} s left"[:160], end="", file=sys.stderr, flush=True)
+
+
+def _clear_line():
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def told(holding):
+    """[[0], [2]] -> "0 or 2", [[0, 1]] -> "0+1", [] -> "none"."""
+    return " or ".join("+".join(map(str, heads)) for heads in holding) or "none"
+
+
+def describe(run):
+    """Prints a run of the main job."""
+    print(
+        f"\n{run['key']}: {run['n_heads']} heads, {run['n_trigrams']} trigrams, then "
+        f"{run['n_gated_heads']} gated heads (seed {run['seed']}, {run['redraws']} toys redrawn)"
+    )
+    print(f"  {'trigram':<17}{'toy: right':>11}  {'held by':<13}{'gated: right':>13}  held by")
+    n = run["n_trigrams"]
+    columns = ("accuracy_toy", "holders_toy", "accuracy_gated", "holders_gated")
+    for i, (before, toy, after, gated) in enumerate(zip(*(run[name] for name in columns)), 1):
+        name = f"[0] ... [{i}] -> [{i + n}]"
+        print(f"  {name:<17}{before:>11.2%}  {told(toy):<13}{after:>13.2%}  {told(gated)}")
+    print(
+        f"  unexplained {run['fvu']:.4f}, penalty {run['penalty']:.4f}, {run['seconds']:.0f} s: "
+        f"{'each trigram held by one head' if run['success'] else 'NOT taken apart'}"
+    )
+
+
+# The whole published recipe, but for its 100,000 steps: its block, its constant alpha (absolute
+# there, and here divided by the variance of a typical target), twice the heads, d_gate 1.
+SWEEP = {
+    "default": {},
+    "published objective": {"value_scale": None},
+    "constant alpha": {"alpha": (RECIPE["alpha"][2],) * 3, "free": 0.0},
+}
+
+
+def experiment_sweep(arguments):
+    first, last = (0, 0) if arguments.quick else arguments.seeds
+    variants = {name: {**default_changes(arguments), **changes} for name, changes in SWEEP.items()}
+    jobs = [
+        make_job(key, seed, variant, changes, arguments.quick)
+        for variant, changes in variants.items()
+        for key in SETTINGS
+        for seed in range(first, last + 1)
+    ]
+    runs = [run for run, _ in run_all(jobs)]
+    tell_rates(runs)
+    draw_sweep(runs, arguments.out)
+    return runs
+
+
+ABLATIONS = {
+    "default": {},
+    **{f"p = {p}": {"p": p} for p in (0.4, 0.5, 0.8, 1.0, 2.0)},
+    "no penalty": {"alpha": (1e-12,) * 3},
+    **{f"{n} x the heads": {"heads": n} for n in (1, 2, 3, 4) if n != RECIPE["heads"]},
+    "one start": {"starts": 1},
+    "constant alpha": {"alpha": (RECIPE["alpha"][2],) * 3, "free": 0.0},
+    "published value bias": {"value_scale": None},
+    "penalty on causal pairs": {"causal": True},
+    "stuck gates stay stuck": {"reopen": False},
+    "d_gate 1": {"d_gate": 1},
+    "d_head 1": {"d_head": 1},
+    **{name: {"activation": name} for name in ("relu", "tanh", "binary")},
+    "copies with noise": {"copies": 0.3},
+}
+
+
+def experiment_ablations(arguments):
+    seeds, variants = range(10), ABLATIONS
+    if arguments.quick:
+        seeds, variants = range(1), {name: ABLATIONS[name] for name in ("default", "copies with noise")}
+    jobs = [
+        make_job("3H4T", seed, variant, changes, arguments.quick)
+        for variant, changes in variants.items()
+        for seed in seeds
+    ]
+    runs = [run for run, _ in run_all(jobs)]
+    tell_rates(runs)
+    draw_ablations(runs, arguments.out)
+    return runs
+
+
+def count_holders(run):
+    """Of a run's trigrams: how many are held by one head, by several in turn, and distributed."""
+    singles = [sum(len(heads) == 1 for heads in held) for held in run["holders_gated"]]
+    distributed = map(is_distributed, run["accuracy_gated"], run["holders_gated"])
+    return singles.count(1), sum(n > 1 for n in singles), sum(distributed)
+
+
+def grouped(runs):
+    """The runs by variant and setting, in the order of their first."""
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["variant"], run["key"]), []).append(run)
+    return groups
+
+
+def tell_rates(runs):
+    head = ("variant", "setting", "successes", "one head", "in turn", "distributed", "wrong")
+    print("\n{:<24}{:<9}{:>10}{:>10}{:>9}{:>12}{:>7}{:>9}{:>9}".format(*head, "FVU", "toys"))
+    for (variant, key), group in grouped(runs).items():
+        one, several, distributed = np.sum([count_holders(run) for run in group], axis=0)
+        wrong = sum(accuracy <= 0.99 for run in group for accuracy in run["accuracy_gated"])
+        fvu = np.median([run["fvu"] for run in group])
+        first_draws = sum(run["redraws"] == 0 for run in group)
+        rate = f"{sum(run['success'] for run in group)} of {len(group)}"
+        print(
+            f"{variant:<24}{key:<9}{rate:>10}{one:>10}{several:>9}{distributed:>12}{wrong:>7}"
+            f"{fvu:>9.4f}{f'{first_draws}/{len(group)}':>9}"
+        )
+    print("toys: first draws that were right on every trigram and in superposition")
+
+
+def experiment_benchmark(arguments):
+    """Milliseconds for one loss-and-gradient: plain and fast form in turn, medians."""
+    repeats = 2 if arguments.quick else 9
+    base = {"n_heads": 8, "n_positions": 11, "n_sequences": 1000, "n_trigrams": 5}
+    table = [{**base, "n_heads": n} for n in (4, 8, 16)]
+    table += [{**base, "n_positions": n, "n_sequences": 11000 // n // n} for n in (11, 33, 99)]
+    table += [{**base, "n_sequences": n} for n in (250, 500, 1000, 2000)]
+    table += [{**base, "n_trigrams": n} for n in (3, 5, 10, 20)]
+    rows = []
+    names = ("n_heads", "n_positions", "n_sequences", "n_trigrams")
+    print("\n heads  positions  sequences  vocabulary  rows  plain ms  fast ms  ratio")
+    for sizes in table[: 1 if arguments.quick else None]:
+        n_tokens = 2 * sizes["n_trigrams"] + 2
+        sampled = (sizes["n_trigrams"], sizes["n_sequences"], sizes["n_positions"], 0)
+        tokens, _ = gatedref.sample_skip_trigrams(*sampled)
+        params = gatedref.init_params(sizes["n_heads"], n_tokens, 1, 0, d_gate=1)
+        x, rows_of = np.eye(n_tokens)[tokens], tabulate(tokens, n_tokens)
+        targets = np.zeros_like(x), np.zeros_like(rows_of["counts"])
+        several = stacked([params])
+        seconds = []
+        for _ in range(repeats):
+            times = [time.perf_counter()]
+            gatedref.loss_and_grad(params, x, targets[0], 0.1)
+            times.append(time.perf_counter())
+            fast_loss_and_grad(several, rows_of, targets[1], 0.1)
+            times.append(time.perf_counter())
+            seconds.append(np.diff(times))
+        plain, fast = 1000 * np.median(seconds, axis=0)
+        n_rows = int((rows_of["weight"] > 0).sum())
+        row = {**sizes, "rows": n_rows, "plain_ms": plain, "fast_ms": fast, "ratio": plain / fast}
+        rows.append(row)
+        shown = [sizes[name] for name in names[:3]] + [n_tokens, n_rows]
+        print("{:6}{:11}{:11}{:12}{:6}".format(*shown), f"{plain:9.1f}{fast:9.2f}{plain / fast:7.1f}")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures: one look for all, in the colours of Okabe and Ito, which the colour-blind can tell apart
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8A8A8A"
+
+
+def picture(path, rows, columns, size, paint, **options):
+    """Opens a grid of axes, lets `paint` fill it, and writes the file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    look = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    look |= {"axes.titlesize": 10, "savefig.dpi": 130, "figure.constrained_layout.use": True}
+    with pyplot.rc_context(look):
+        figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, **options)
+        paint(figure, axes)
+        write(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+        pyplot.close(figure)
+
+
+def draw_before_after(results, out):
+    def paint(figure, axes):
+        limit = max(abs(outputs).max() for _, rest in results for outputs in rest["outputs"])
+        for row, (run, rest) in zip(axes, results):
+            for ax, outputs, which in zip(row, rest["outputs"], ("toy", "gated")):
+                shown = ax.imshow(outputs, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+                n_heads, n = outputs.shape
+                ax.set_xticks(range(n), [f"0…{i}→{i + n}" for i in range(1, n + 1)])
+                ax.set_yticks(range(n_heads))
+                ax.set_ylabel("head")
+                ax.spines[:].set_visible(False)
+                for i, held in enumerate(run[f"holders_{which}"]):
+                    singles = [heads[0] for heads in held if len(heads) == 1]
+                    for head in singles:
+                        ax.plot(i, head, "o", ms=9, mfc="none", mec="black", mew=2)
+                    if not singles:
+                        ax.text(i, -0.62, "distributed", ha="center", va="bottom", fontsize=8)
+                names = {"toy": "toy model", "gated": "gated block"}
+                ax.set_title(f"{names[which]}, {n_heads} heads", pad=16)
+        figure.colorbar(shown, ax=axes, shrink=0.4, label="head's output on the right logit")
+        figure.suptitle("Which head writes the answer to which skip trigram (ring: it holds it alone)")
+
+    size = (10, 3.1 * len(results))
+    picture(out / "before_after.png", len(results), 2, size, paint)
+
+
+def draw_gates(result, out):
+    run, rest = result
+    gated = {name: array for name, array in rest["params"]["gated"].items()}
+    scale = gated.pop("value_scale", None)
+    n, n_heads = run["n_trigrams"], run["n_gated_heads"]
+    n_tokens = 2 * n + 2
+    x = np.eye(n_tokens)[None]  # every token once: the gate of each (query, key) pair of tokens
+    gate = gatedref.gated_attention(gated, x, value_scale=scale)["gate"][0]
+    names = ["A", *(f"B{i}" for i in range(1, n + 1)), *(f"C{i}" for i in range(1, n + 1)), "BOS"]
+
+    def paint(figure, axes):
+        for head, ax in enumerate(axes.flat):
+            ax.set_axis_off()
+            if head >= n_heads:
+                continue
+            ax.set_axis_on()
+            shown = ax.imshow(gate[head], cmap="Blues", vmin=0, vmax=1)
+            holds = [i for i, held in enumerate(run["holders_gated"], 1) if [head] in held]
+            ax.set_title(f"head {head}" + "".join(f", holds {i}" for i in holds))
+            ax.set_xticks(range(n_tokens), names, fontsize=6, rotation=90)
+            ax.set_yticks(range(n_tokens), names, fontsize=6)
+        figure.supxlabel("key token (source)")
+        figure.supylabel("query token (destination)")
+        figure.colorbar(shown, ax=axes, shrink=0.5, label="gate")
+        figure.suptitle(f"{run['key']}: where each gated head is open")
+
+    columns = 4
+    rows = math.ceil(n_heads / columns)
+    picture(out / "gates.png", rows, columns, (10, 2.4 * rows + 0.8), paint)
+
+
+def draw_training(results, out):
+    names = ("error / variance of the target", "penalty", "alpha (in target variance)")
+
+    def paint(figure, axes):
+        for ax, name, column in zip(axes[0], names, range(3)):
+            for (run, rest), colour in zip(results, (BLUE, ORANGE, GREEN)):
+                curve = rest["curves"][:, column]
+                width = max(1, len(curve) // 200)
+                whole = len(curve) // width * width
+                steps = np.arange(whole).reshape(-1, width)[:, 0]
+                mean = curve[:whole].reshape(-1, width).mean(axis=1)
+                ax.plot(steps, mean, color=colour, label=run["key"])
+            ax.set(title=name, xlabel="step")
+            if column == 0:
+                ax.set_yscale("log")
+                ax.legend(frameon=False)
+
+    picture(out / "training.png", 1, 3, (10, 3), paint)
+
+
+def draw_penalty(out):
+    gates = {"one open": [1, 0], "two half open": [0.5, 0.5], "two open": [1, 1]}
+
+    def charge(pair, p):
+        return float(gatedref.lp_penalty(np.reshape(pair, (1, 2, 1, 1)), p))
+
+    def paint(figure, axes):
+        bars, ball = axes[0]
+        angles = np.linspace(0, np.pi / 2, 400)
+        circle = np.clip([np.cos(angles), np.sin(angles)], 0, None)
+        for i, (p, colour) in enumerate(((0.6, BLUE), (1.0, ORANGE), (2.0, GREEN))):
+            heights = [charge(pair, p) for pair in gates.values()]
+            drawn = bars.bar(np.arange(3) + 0.27 * (i - 1), heights, 0.25, color=colour, label=f"L{p:g}")
+            bars.bar_label(drawn, fmt="%.2f", fontsize=8)
+            radius = [1 / charge(pair, p) for pair in circle.T]
+            ball.plot(*(circle * radius), color=colour, label=f"L{p:g} = 1")
+        bars.set_xticks(range(3), list(gates))
+        bars.set(title="what two heads on one (query, key) pair cost", ylabel="penalty")
+        ball.set(title="gates that cost 1", xlabel="gate of one head", ylabel="gate of the other")
+        ball.set_aspect("equal")
+        for ax in (bars, ball):
+            ax.legend(frameon=False)
+
+    picture(out / "penalty.png", 1, 2, (9, 3.6), paint)
+
+
+def draw_sweep(runs, out):
+    def paint(figure, axes):
+        for ax, key in zip(axes[0], SETTINGS):
+            for i, ((variant, _), group) in enumerate(
+                item for item in grouped(runs).items() if item[0][1] == key
+            ):
+                for run in group:
+                    x = i + 0.6 * ((run["seed"] * 7) % 20 - 9.5) / 20
+                    mark = {"marker": "o", "color": BLUE} if run["success"] else {"marker": "x"}
+                    ax.plot(x, run["fvu"], **{"color": ORANGE, "ms": 6, **mark})
+                rate = f"{sum(run['success'] for run in group)}/{len(group)}"
+                ax.text(i, 1.0, rate, ha="center", transform=ax.get_xaxis_transform())
+            variants = list(dict.fromkeys(run["variant"] for run in runs))
+            ax.set_xticks(range(len(variants)), variants, rotation=20, ha="right")
+            ax.axhline(0.01, color=GREY, lw=0.8, ls="--")
+            ax.set_title(key, pad=18)
+            ax.set_yscale("log")
+        axes[0][0].set_ylabel("variance unexplained")
+        figure.suptitle("Every run: blue rings the method worked, orange crosses it did not")
+
+    picture(out / "sweep.png", 1, len(SETTINGS), (10, 4), paint, sharey=True)
+
+
+def draw_ablations(runs, out):
+    groups = {variant: group for (variant, _), group in grouped(runs).items()}
+
+    def paint(figure, axes):
+        ax, left = axes[0][0], np.zeros(len(groups))
+        counts = np.array([np.sum([count_holders(r) for r in g], axis=0) for g in groups.values()])
+        total = np.array([sum(run["n_trigrams"] for run in group) for group in groups.values()])
+        wrong = total - counts.sum(axis=1)
+        parts = [*counts.T, wrong]
+        labels = ("held by one head", "by several in turn", "distributed", "wrong or held otherwise")
+        for part, label, colour in zip(parts, labels, (BLUE, GREEN, ORANGE, GREY)):
+            ax.barh(range(len(groups)), part / total, left=left, color=colour, label=label)
+            left = left + part / total
+        for i, group in enumerate(groups.values()):
+            ax.text(1.01, i, f"{sum(r['success'] for r in group)}/{len(group)}", va="center")
+        ax.text(1.01, -1, "successes", va="center")
+        ax.set_yticks(range(len(groups)), list(groups))
+        ax.invert_yaxis()
+        ax.set_xlabel("share of the trigrams")
+        ax.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.02), fontsize=8)
+
+    picture(out / "ablations.png", 1, 1, (9, 6), paint)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+EXPERIMENTS = {
+    "main": experiment_main,
+    "sweep": experiment_sweep,
+    "ablations": experiment_ablations,
+    "benchmark": experiment_benchmark,
+}
+
+
+def write(path, fill):
+    """Writes a file as a whole or not at all: under another name first, then in one move."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            fill(file)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def save(out, name, rows):
+    """Puts one experiment's rows into results.json and leaves the others' as they are."""
+    path = out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    versions = {package: metadata.version(package) for package in ("numpy", "autograd")}
+    environment = {"python": platform.python_version(), **versions, "platform": platform.platform()}
+    results = {**results, "environment": environment, name: rows}
+    write(path, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
+
+    def whole(text):
+        if not text.isdecimal():
+            raise argparse.ArgumentTypeError(f"a whole number >= 0 is expected, got {text!r}")
+        return int(text)
+
+    add = parser.add_argument
+    names = ", ".join(EXPERIMENTS)
+    add("experiments", nargs="*", help=f"which to run, of {names} (default: main)")
+    add("--seed", type=whole, default=0, help="seed of main (default: %(default)s)")
+    add("--seeds", type=whole, nargs=2, default=(0, 19), help="first and last seed of the sweep")
+    add("--out", type=Path, default=Path("figures"), help="folder to write to (default: %(default)s)")
+    add("--published", action="store_true", help="train the published block, its value bias free")
+    add("--quick", action="store_true", help="a smoke run of a few seconds: the numbers mean nothing")
+    arguments = parser.parse_args(argv)
+    arguments.experiments = arguments.experiments or ["main"]
+    for name in arguments.experiments:
+        if name not in EXPERIMENTS:
+            parser.error(f"unknown experiment {name!r}, choose from {names}")
+    if arguments.seeds[0] > arguments.seeds[1]:
+        parser.error(f"--seeds must be first and last, got {arguments.seeds}")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write(arguments.out / ".writable", lambda file: None)
+        (arguments.out / ".writable").unlink()
+    except OSError as problem:
+        parser.error(f"cannot write to --out {arguments.out}: {problem.strerror}")
+    return arguments
+
+
+def main(argv=None):
+    arguments = parse(argv)
+    try:
+        for name in arguments.experiments:
+            save(arguments.out, name, EXPERIMENTS[name](arguments))
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        return 130
+    except FloatingPointError as diverged:
+        print(f"train.py: {diverged}", file=sys.stderr)
+        return 1
+    print(f"\nresults and pictures are in {arguments.out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
