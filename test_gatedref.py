@@ -5,7 +5,9 @@ SPDX-License-Identifier: MIT. Copyright (c) 2026 the gatedref authors.
 
 import functools
 import itertools
+import json
 import math
+import queue
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +21,7 @@ from autograd import grad, jacobian
 from autograd.tracer import getval
 
 import gatedref
+import train
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -1875,3 +1878,251 @@ def test_the_command_writes_every_case_and_the_same_bytes_on_every_run(tmp_path)
         assert failed.returncode == 2 and failed.stderr.startswith(f"cannot write {wrong[0]}: ")
         assert failed.stderr.count("\n") == 1
     assert command("--what").returncode == command("a.npz", "b.npz").returncode == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: the fast form is the reference, only faster
+
+
+def toy_and_tokens(n_trigrams=3, n_sequences=60, seed=1):
+    n_tokens = 2 * n_trigrams + 2
+    toy = {name: 3 * w for name, w in gatedref.init_params(2, n_tokens, 1, seed).items()}
+    return toy, gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)[0], n_tokens
+
+
+def test_rows_and_pairs_count_what_the_sequences_hold():
+    _, tokens, n_tokens = toy_and_tokens(n_sequences=7)
+    for causal in (False, True):
+        table = train.tabulate(tokens, n_tokens, causal)
+        rows, pairs = Counter(), Counter()
+        for sequence in tokens.tolist():
+            for q, query in enumerate(sequence):
+                counts = Counter(sequence[: q + 1])
+                rows[query, tuple(counts[token] for token in range(n_tokens))] += 1 / tokens.size
+                for key in sequence[: q + 1] if causal else sequence:
+                    pairs[query, key] += 1
+        total = sum(pairs.values())
+        for (query, key), times in pairs.items():
+            assert table["pairs"][query, key] == pytest.approx(times / total, rel=1e-14)
+        assert table["pairs"].sum() == pytest.approx(1, rel=1e-14)
+        for query in range(n_tokens):
+            for counts, weight in zip(table["counts"][query], table["weight"][query]):
+                row = query, tuple(int(count) for count in counts)
+                assert weight == pytest.approx(rows.pop(row) if weight else 0, rel=1e-14)
+        assert not rows
+
+
+FAST = [
+    {},
+    {"value_scale": 5.0},
+    {"activation": "relu", "p": 1.0},
+    {"activation": "tanh", "p": 2.0, "value_scale": 0.5},
+    {"activation": "binary", "p": 0.4},
+    {"causal": True},
+]
+
+
+@pytest.mark.parametrize("options", FAST, ids=str)
+@pytest.mark.parametrize("largest_score", [1, 1000])
+def test_the_fast_form_equals_the_plain_one(options, largest_score):
+    toy, tokens, n_tokens = toy_and_tokens()
+    blocks = [gatedref.init_params(5, n_tokens, 2, seed, d_gate=3) for seed in (1, 2)]
+    x = np.eye(n_tokens)[tokens]
+    for block in blocks:
+        for name in ("b_gate_Q", "b_gate_K"):
+            block[name] += 0.3  # gates closed, between and open
+        scores = gatedref.attention({n: block[n] for n in UNGATED}, x)["attn_scores"]
+        block["W_Q"] *= largest_score / abs(scores[np.isfinite(scores)]).max()
+        block["b_Q"] *= largest_score / abs(scores[np.isfinite(scores)]).max()
+    blocks[0]["W_V"][0, :, 0] = 0  # a norm at its floor
+    target = gatedref.attention(toy, x)["attn_out"]
+    rows = train.tabulate(tokens, n_tokens, options.get("causal", False))
+    attn_out, _ = train.fast_attention(train.stacked([toy]), rows["counts"])
+    inputs = train.stacked(blocks), rows, attn_out.reshape(rows["counts"].shape), 0.3
+    given = {name: value for name, value in options.items() if name != "causal"}
+    scalars, grads = train.fast_loss_and_grad(*inputs, **given)
+    for i, block in enumerate(blocks):
+        plain, plain_grads = gatedref.loss_and_grad(block, x, target, 0.3, **options)
+        for name, scalar in plain.items():
+            assert scalars[name][i] == pytest.approx(scalar, rel=1e-10)
+        gain = np.maximum(np.sqrt((block["W_V"] ** 2).sum(axis=1, keepdims=True)), 1e-12)
+        largest = max(abs(g * gain if n == "W_V" else g).max() for n, g in plain_grads.items())
+        for name, gradient in plain_grads.items():
+            error = (grads[name][i] - gradient) * (gain if name == "W_V" else 1)
+            assert abs(error).max() <= 1e-10 * largest, name
+
+
+def test_a_stuck_gate_gets_a_gradient_back_inside_only_with_reopen():
+    _, tokens, n_tokens = toy_and_tokens()
+    rows = train.tabulate(tokens, n_tokens)
+    params = gatedref.init_params(1, n_tokens, 1, 0, d_gate=1)
+    target = np.ones_like(rows["counts"])
+    params["W_gate_Q"], params["W_gate_K"] = 0 * params["W_gate_Q"], 0 * params["W_gate_K"]
+    params["b_gate_K"] += 1
+    for score, wanted in ((-2.0, -1), (3.0, 1)):
+        params["b_gate_Q"][:] = score
+        alpha = 0 if score < 0 else 1e3
+        for sign in (1, -1):  # the head helps, or harms
+            head = {"W_O": 0 * params["W_O"] + sign, "b_V": 0 * params["b_V"] + 1}
+            inputs = train.stacked([{**params, **head}]), rows, target, alpha
+            shut = train.fast_loss_and_grad(*inputs)[1]["b_gate_Q"][0, 0, 0]
+            free = train.fast_loss_and_grad(*inputs, reopen=True)[1]["b_gate_Q"][0, 0, 0]
+            assert shut == 0
+            assert np.sign(free) in (0, wanted)
+            assert (np.sign(free) == wanted) == (sign == 1 or score > 1)
+
+
+def test_the_toy_learns_on_the_cross_entropy_of_the_next_token():
+    toy, _, n_tokens = toy_and_tokens()
+    contexts = train.sample_contexts(3, 30, seed=5)
+    batch = train.draw(contexts, 6, np.random.default_rng(0))
+    counts, after, weight = batch["counts"], batch["after"], batch["weight"]
+
+    def plainly(toy):
+        total = used = 0.0
+        for query in range(n_tokens):
+            for row, following, share in zip(counts[query], after[query], weight[query]):
+                if following >= 0:  # not the last position
+                    rest = row - np.eye(n_tokens)[query]  # the query comes last, the order is free
+                    tokens = np.append(np.repeat(np.arange(n_tokens), rest.astype(int)), query)
+                    logits = gatedref.transformer([toy], tokens[None])["logits"][0, -1]
+                    total = total - share * (logits[following] - anp.log(anp.sum(anp.exp(logits))))
+                    used += share
+        return total / used
+
+    losses, grads = train.cross_entropy(train.stacked([toy]), batch)
+    assert losses[0] == pytest.approx(plainly(toy), rel=1e-12)
+    expected = grad(plainly)(toy)
+    for name in toy:
+        np.testing.assert_allclose(grads[name][0], expected[name], rtol=0, atol=1e-12)
+
+
+def test_training_twice_gives_the_same_bits_and_another_seed_others():
+    job = train.make_job("2H3T", 0, quick=True)
+    (run, rest), (again, rest_again) = train.run_setting(job), train.run_setting(job)
+    assert {**run, "seconds": 0} == {**again, "seconds": 0}
+    for block in ("toy", "gated"):
+        for name, array in rest["params"][block].items():
+            np.testing.assert_array_equal(array, rest_again["params"][block][name])
+    other = train.run_setting({**job, "seed": 1})[1]
+    assert (other["params"]["toy"]["W_Q"] != rest["params"]["toy"]["W_Q"]).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: the command
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quick")
+    assert train.main([*train.EXPERIMENTS, "--quick", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_quick_run_writes_every_file(quick):
+    pictures = ("before_after", "gates", "training", "penalty", "sweep", "ablations")
+    names = {"results.json", "blocks.npz", *(f"{name}.png" for name in pictures)}
+    assert {path.name for path in quick.iterdir()} == names
+    results = json.loads((quick / "results.json").read_text())
+    assert set(results) == {"environment", *train.EXPERIMENTS}
+    assert set(results["environment"]) == {"python", "numpy", "autograd", "platform"}
+    assert [run["key"] for run in results["main"]] == list(train.SETTINGS)
+
+
+def test_the_blocks_on_disk_give_the_figures_in_the_results(quick):
+    blocks = np.load(quick / "blocks.npz")
+    for run in json.loads((quick / "results.json").read_text())["main"]:
+        toy, gated = (
+            {name.split("/")[2]: blocks[name] for name in blocks if name.startswith(start)}
+            for start in (f"{run['key']}/toy/", f"{run['key']}/gated/")
+        )
+        scale, n = float(gated.pop("value_scale")), run["n_trigrams"]
+        for block, which, number in ((toy, "toy", 7), (gated, "gated", 9)):
+            seed = train.stream(run["seed"], number)
+            accuracy, holding, _ = train.measure(block, n, seed, 2000, value_scale=scale)
+            assert (accuracy, holding) == (run[f"accuracy_{which}"], run[f"holders_{which}"])
+        tokens, _ = gatedref.sample_skip_trigrams(n, 1000, seed=train.stream(run["seed"], 10))
+        target = gatedref.transformer([toy], tokens)["blocks"][0]["attn_out"]
+        out = gatedref.transformer([gated], tokens, value_scale=scale)["blocks"][0]
+        deviations = ((target - target.mean(axis=(0, 1))) ** 2).sum()
+        fvu = ((out["attn_out"] - target) ** 2).sum() / deviations
+        assert run["fvu"] == pytest.approx(fvu, rel=1e-10)
+        assert run["penalty"] == pytest.approx(gatedref.lp_penalty(out["gate"]), rel=1e-10)
+        assert run["n_gated_heads"] == len(gated["W_Q"])
+
+
+def test_another_experiment_leaves_the_others_results_in_place(tmp_path):
+    train.save(tmp_path, "main", [1])
+    train.save(tmp_path, "sweep", [2])
+    train.save(tmp_path, "main", [3])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["main"], results["sweep"]) == ([3], [2])
+
+
+def test_a_write_that_fails_leaves_the_file_before_it_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fill(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train.write(path, fill)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["--nonsense"], ["--seed", "-1"], ["--seed", "x"], ["--seeds", "3", "1"]],
+    ids=str,
+)
+def test_bad_arguments_end_with_one_line_and_status_2(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*arguments, "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_out_that_is_a_file_ends_with_one_line_and_status_2(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupt_ends_with_status_130_and_keeps_what_was_finished(tmp_path, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(train.EXPERIMENTS, "main", lambda arguments: [1])
+    monkeypatch.setitem(train.EXPERIMENTS, "sweep", interrupted)
+    assert train.main(["main", "sweep", "--out", str(tmp_path)]) == 130
+    assert json.loads((tmp_path / "results.json").read_text())["main"] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_run_that_diverges_says_where_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    def diverging(arguments):
+        job = train.make_job("2H3T", 0, changes={"rate": 1e300}, quick=True)
+        train._run_job.notes = queue.SimpleQueue()
+        return train._run_job(0, job)
+
+    monkeypatch.setitem(train.EXPERIMENTS, "main", diverging)
+    assert train.main(["--out", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert " of 40" in told and "2H3T" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_success_asks_for_all_of_accuracy_one_head_each_and_little_unexplained():
+    run = {"accuracy_gated": [1.0, 0.995], "holders_gated": [[[0]], [[2]]], "n_trigrams": 2}
+    run["fvu"] = 0.01
+    assert train.is_success(run)
+    assert not train.is_success({**run, "fvu": 0.0101})
+    assert not train.is_success({**run, "accuracy_gated": [1.0, 0.99]})
+    for held in ([[[0]], [[0]]], [[[0]], [[1], [2]]], [[[0]], [[1, 2]]], [[[0]], []]):
+        assert not train.is_success({**run, "holders_gated": held})

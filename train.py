@@ -12,6 +12,7 @@ positions, the recipe of training, the experiments, and what they print and draw
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -97,7 +98,7 @@ def fast_attention(block, counts, gate=1.0):
         grads["W_V"] = (d_values * gate).sum(axis=2)
         grads |= {"b" + name[1:]: grad.sum(axis=2) for name, grad in grads.items()}
         grads["W_O"] = (np.swapaxes(z, 1, 2) @ d_out).reshape(block["W_O"].shape)
-        return grads, (d_values * v[:, :, None]).sum(axis=-1)
+        return grads, _inner(d_values, v[:, :, None])
 
     return z @ W_O, backward
 
@@ -115,7 +116,7 @@ def _average_by_table(scores, values, counts):
 
     def back(d_z):
         d_sum = d_z * inverse
-        d_total = -(d_sum * z).sum(axis=-1)
+        d_total = -_inner(d_sum, z)
 
         def to_tables(d, *last):
             d = np.swapaxes(counts, 1, 2) @ d.reshape(n_tokens, d.shape[1], -1)
@@ -123,10 +124,15 @@ def _average_by_table(scores, values, counts):
             return np.moveaxis(d, (0, 1), (2, 3))
 
         d_weighted = to_tables(d_sum, d_head)
-        d_weights = to_tables(d_total) + (d_weighted * values).sum(axis=-1)
+        d_weights = to_tables(d_total) + _inner(d_weighted, values)
         return weights * d_weights, weights[..., None] * d_weighted
 
     return z, back
+
+
+def _inner(a, b):
+    """Sum of products over the last axis, without their array."""
+    return np.einsum("...k,...k->...", a, b)
 
 
 def _average_by_row(scores, values, counts):
@@ -202,8 +208,8 @@ def _unit_back(W, d_unit, axis):
 
 
 # ------------------------------------------------------------------------------------------------
-# Training. alpha is told in units of the target's variance, so that loss / variance is FVU + alpha *
-# penalty, whatever the toy. N starts run side by side and the one with the lowest loss is kept.
+# Training. alpha is in units of the target's variance: loss / variance = FVU + alpha * penalty,
+# whatever the toy. N starts run side by side, and the one with the lowest loss is kept.
 
 RECIPE = {
     "heads": 3,  # gated heads, as a multiple of the toy's
@@ -212,9 +218,8 @@ RECIPE = {
     "starts": 12,
     "steps": 2500,
     "rate": 0.01,
-    "alpha": (6.0, 0.6, 0.2),  # from and to, geometrically, between `free` and `settle`; then
-    "free": 0.1,  # until this part of the steps, no penalty
-    "settle": 0.6,
+    "alpha": (6.0, 0.6, 0.18),
+    "until": (0.1, 0.6, 0.7),
     "p": 0.6,
     "activation": "clamp",
     "value_scale": 2.0,  # times the largest entry of the target; None: the published value bias
@@ -261,11 +266,11 @@ def draw(contexts, size, rng):
 
 def descend(gradient, params, n_steps, rate):
     """Adam, in three legs of shrinking steps. gradient(params, step) -> a dict like params."""
-    done = 0
+    steps = itertools.count()
     for share, shrink in ((0.6, 1), (0.25, 0.3), (0.15, 0.1)):
-        leg, start = round(share * n_steps), done
-        params = adam(lambda p, i: gradient(p, start + i), params, None, leg, rate * shrink)  # noqa: B023
-        done += leg
+        leg = round(share * n_steps)
+        with np.errstate(over="ignore", invalid="ignore"):  # _watch tells of a run that diverges
+            params = adam(lambda p, _: gradient(p, next(steps)), params, None, leg, rate * shrink)
     return params
 
 
@@ -274,12 +279,12 @@ def stacked(blocks):
 
 
 def cross_entropy(params, batch):
-    """Next-token loss [N] of toy models on a batch, over all positions but the last, and gradients."""
+    """Toy models' next-token loss [N] on a batch, over all positions but the last; gradients."""
     n_tokens, size, _ = batch["counts"].shape
     attn_out, backward = fast_attention(params, batch["counts"])
     logits = attn_out + np.repeat(np.eye(n_tokens), size, axis=0)
     log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    after = np.eye(n_tokens + 1)[batch["after"].ravel()][:, :n_tokens]  # [rows, V], 0 after the last
+    after = np.eye(n_tokens + 1)[batch["after"].ravel()][:, :n_tokens]  # 0 for the last position
     weight = (batch["weight"].ravel() * after.sum(axis=1))[:, None]
     weight = weight / weight.sum()
     grads, _ = backward((np.exp(log_p) - after) * weight)
@@ -304,20 +309,21 @@ def train_toy(n_heads, n_trigrams, seed, starts, steps, rate, note=None):
 
 
 def alpha_at(recipe, progress):
+    """No penalty; a strong one that falls geometrically; its end held a while; a weak one."""
     first, last, final = recipe["alpha"]
-    if progress < recipe["free"]:
+    free, fallen, settled = recipe["until"]
+    if progress < free:
         return 0.0
-    if progress >= recipe["settle"]:
+    if progress >= settled:
         return final
-    part = (progress - recipe["free"]) / (recipe["settle"] - recipe["free"])
-    return first * (last / first) ** part
+    return first * (last / first) ** min(1, (progress - free) / (fallen - free))
 
 
 def train_gated(toy, n_trigrams, seed, recipe, note=None):
     """A gated block that reproduces a toy block: the start whose loss is the lowest at the end.
 
-    Returns its parameters, the options of `gatedref.gated_attention` that it was trained with, alpha
-    (absolute, at the end), and the training curves of that start [step, (error, penalty, alpha)].
+    Returns its parameters, the options of `gatedref.gated_attention` that it was trained with, the
+    last alpha (absolute), and the training curves of that start [step, (error, penalty, alpha)].
     """
     n_tokens = 2 * n_trigrams + 2
     contexts = sample_contexts(n_trigrams, 5000, stream(seed, 4), recipe["causal"])
@@ -357,11 +363,10 @@ def train_gated(toy, n_trigrams, seed, recipe, note=None):
         return grads
 
     params = descend(gradient, stacked(starts), steps, recipe["rate"])
-    alpha = alpha_at(recipe, 1.0) * variance
-    losses = fast_loss_and_grad(params, *batch_and_target(1000), alpha, **fixed)[0]["loss"]
-    best = np.argmin(losses)
+    scalars, _ = fast_loss_and_grad(params, *batch_and_target(1000), 0.0, **fixed)
+    best = np.argmin(scalars["mse"] + recipe["alpha"][1] * variance * scalars["penalty"])
     params = {name: array[best] for name, array in params.items()}
-    return params, options, alpha, np.array(curves)[:, :, best]
+    return params, options, recipe["alpha"][2] * variance, np.array(curves)[:, :, best]
 
 
 def _copies(toy, start, noise, rng):
@@ -377,7 +382,8 @@ def _copies(toy, start, noise, rng):
 def _watch(note, step, steps, scalars):
     """Stops a run that diverges, and tells how far a run has come."""
     if not np.isfinite(scalars["loss"]).all():
-        raise FloatingPointError(f"the loss became {scalars['loss'].max()} at step {step} of {steps}")
+        told = f"the loss became {scalars['loss'].max()}"
+        raise FloatingPointError(f"{told} at step {step} of {steps}")
     if note and step % max(1, steps // 100) == 0:
         means = {name: float(np.mean(value)) for name, value in scalars.items()}
         note({"done": step / steps, "step": step, **means})
@@ -440,7 +446,7 @@ def is_success(run):
 
 
 def run_setting(job, note=None):
-    """One toy model and its gated block. Returns the run, as results.json tells it, and the rest."""
+    """A toy model and its gated block. Returns the run, as results.json tells it, and the rest."""
     began = time.perf_counter()
     n_heads, n_trigrams, seed = job["n_heads"], job["n_trigrams"], job["seed"]
     recipe = {**RECIPE, **(QUICK if job["quick"] else {}), **job["changes"]}
@@ -455,7 +461,8 @@ def run_setting(job, note=None):
     gated_seed = stream(seed, n_heads, n_trigrams, 8)
     gated, options, alpha, curves = train_gated(toy, n_trigrams, gated_seed, recipe, note)
     after = measure(gated, n_trigrams, stream(seed, 9), n_sequences, **options)
-    fvu, penalty = unexplained(toy, gated, n_trigrams, stream(seed, 10), n_sequences // 2, **options)
+    fresh = stream(seed, 10), n_sequences // 2
+    fvu, penalty = unexplained(toy, gated, n_trigrams, *fresh, **options)
     run = {
         "key": job["key"],
         "variant": job["variant"],
@@ -563,12 +570,13 @@ def _run_job(number, job):
 def _show_progress(jobs, progress, done, elapsed):
     if not (sys.stderr.isatty() and progress):
         return
-    number, told = max(progress.items(), key=lambda item: (item[1].get("penalty") is not None, item[0]))
+    number, told = max(progress.items())  # any of those that run will do
     share = (done + sum(note["done"] for n, note in progress.items() if n >= done)) / len(jobs)
     left = elapsed * (1 / max(share, 0.01) - 1)
-    values = "  ".join(f"{name} {told[name]:.4f}" for name in ("loss", "penalty", "alpha") if name in told)
-    job = jobs[number]
-    line = f"{done}/{len(jobs)} done  {job['key']} seed {job['seed']}  step {told['step']}  {values}"
+    shown = [name for name in ("loss", "penalty", "alpha") if name in told]
+    values = "  ".join(f"{name} {told[name]:.4f}" for name in shown)
+    which = f"{jobs[number]['key']} seed {jobs[number]['seed']}"
+    line = f"{done}/{len(jobs)} done  {which}  step {told['step']}  {values}"
     print(f"\r\033[K{line}  {left:.0f} s left"[:160], end="", file=sys.stderr, flush=True)
 
 
@@ -600,12 +608,11 @@ def describe(run):
     )
 
 
-# The whole published recipe, but for its 100,000 steps: its block, its constant alpha (absolute
-# there, and here divided by the variance of a typical target), twice the heads, d_gate 1.
+CONSTANT = {"alpha": (RECIPE["alpha"][1],) * 3, "until": (0.0, 0.6, 0.7)}
 SWEEP = {
     "default": {},
     "published objective": {"value_scale": None},
-    "constant alpha": {"alpha": (RECIPE["alpha"][2],) * 3, "free": 0.0},
+    "constant alpha": CONSTANT,
 }
 
 
@@ -630,7 +637,7 @@ ABLATIONS = {
     "no penalty": {"alpha": (1e-12,) * 3},
     **{f"{n} x the heads": {"heads": n} for n in (1, 2, 3, 4) if n != RECIPE["heads"]},
     "one start": {"starts": 1},
-    "constant alpha": {"alpha": (RECIPE["alpha"][2],) * 3, "free": 0.0},
+    "constant alpha": CONSTANT,
     "published value bias": {"value_scale": None},
     "penalty on causal pairs": {"causal": True},
     "stuck gates stay stuck": {"reopen": False},
@@ -644,7 +651,8 @@ ABLATIONS = {
 def experiment_ablations(arguments):
     seeds, variants = range(10), ABLATIONS
     if arguments.quick:
-        seeds, variants = range(1), {name: ABLATIONS[name] for name in ("default", "copies with noise")}
+        quick = ("default", "copies with noise")
+        seeds, variants = range(1), {name: ABLATIONS[name] for name in quick}
     jobs = [
         make_job("3H4T", seed, variant, changes, arguments.quick)
         for variant, changes in variants.items()
@@ -718,8 +726,8 @@ def experiment_benchmark(arguments):
         n_rows = int((rows_of["weight"] > 0).sum())
         row = {**sizes, "rows": n_rows, "plain_ms": plain, "fast_ms": fast, "ratio": plain / fast}
         rows.append(row)
-        shown = [sizes[name] for name in names[:3]] + [n_tokens, n_rows]
-        print("{:6}{:11}{:11}{:12}{:6}".format(*shown), f"{plain:9.1f}{fast:9.2f}{plain / fast:7.1f}")
+        shown = [sizes[name] for name in names[:3]] + [n_tokens, n_rows, plain, fast, plain / fast]
+        print("{:6}{:11}{:11}{:12}{:6}{:10.1f}{:9.2f}{:7.1f}".format(*shown))
     return rows
 
 
@@ -746,29 +754,32 @@ def picture(path, rows, columns, size, paint, **options):
 
 
 def draw_before_after(results, out):
-    def paint(figure, axes):
-        limit = max(abs(outputs).max() for _, rest in results for outputs in rest["outputs"])
-        for row, (run, rest) in zip(axes, results):
-            for ax, outputs, which in zip(row, rest["outputs"], ("toy", "gated")):
-                shown = ax.imshow(outputs, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
-                n_heads, n = outputs.shape
-                ax.set_xticks(range(n), [f"0…{i}→{i + n}" for i in range(1, n + 1)])
-                ax.set_yticks(range(n_heads))
-                ax.set_ylabel("head")
-                ax.spines[:].set_visible(False)
-                for i, held in enumerate(run[f"holders_{which}"]):
-                    singles = [heads[0] for heads in held if len(heads) == 1]
-                    for head in singles:
-                        ax.plot(i, head, "o", ms=9, mfc="none", mec="black", mew=2)
-                    if not singles:
-                        ax.text(i, -0.62, "distributed", ha="center", va="bottom", fontsize=8)
-                names = {"toy": "toy model", "gated": "gated block"}
-                ax.set_title(f"{names[which]}, {n_heads} heads", pad=16)
-        figure.colorbar(shown, ax=axes, shrink=0.4, label="head's output on the right logit")
-        figure.suptitle("Which head writes the answer to which skip trigram (ring: it holds it alone)")
+    limit = max(abs(outputs).max() for _, rest in results for outputs in rest["outputs"])
 
-    size = (10, 3.1 * len(results))
-    picture(out / "before_after.png", len(results), 2, size, paint)
+    def paint(figure, axes):
+        for column, (run, rest) in zip(axes.T, results):
+            for ax, outputs, which in zip(column, rest["outputs"], ("toy", "gated")):
+                look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "aspect": "auto"}
+                shown = ax.imshow(outputs, **look)
+                n_heads, n = outputs.shape
+                holding, names = run[f"holders_{which}"], []
+                for i, (accuracy, held) in enumerate(zip(run[f"accuracy_{which}"], holding)):
+                    state = "distributed" if is_distributed(accuracy, held) else ""
+                    names.append(f"0…{i + 1}→{i + 1 + n}\n{state if accuracy > 0.99 else 'wrong'}")
+                    for heads in held:
+                        if len(heads) == 1:
+                            ax.plot(i, heads[0], "o", ms=9, mfc="none", mec="black", mew=2)
+                ax.set_xticks(range(n), names, fontsize=7)
+                ax.set_yticks(range(n_heads))
+                kind = {"toy": "toy model", "gated": "gated block"}[which]
+                ax.set_title(f"{kind}, {n_heads} heads")
+                ax.spines[:].set_visible(False)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("head")
+        figure.colorbar(shown, ax=axes, shrink=0.6, label="head's output on the right logit")
+        figure.suptitle("Which head writes the answer to which skip trigram (ring: holds it alone)")
+
+    picture(out / "before_after.png", 2, len(results), (11, 6), paint)
 
 
 def draw_gates(result, out):
@@ -834,16 +845,17 @@ def draw_penalty(out):
         circle = np.clip([np.cos(angles), np.sin(angles)], 0, None)
         for i, (p, colour) in enumerate(((0.6, BLUE), (1.0, ORANGE), (2.0, GREEN))):
             heights = [charge(pair, p) for pair in gates.values()]
-            drawn = bars.bar(np.arange(3) + 0.27 * (i - 1), heights, 0.25, color=colour, label=f"L{p:g}")
-            bars.bar_label(drawn, fmt="%.2f", fontsize=8)
+            place = np.arange(3) + 0.27 * (i - 1)
+            drawn = bars.bar(place, heights, 0.25, color=colour, label=f"L{p:g}")
+            bars.bar_label(drawn, fmt="%.3f", fontsize=8)
             radius = [1 / charge(pair, p) for pair in circle.T]
             ball.plot(*(circle * radius), color=colour, label=f"L{p:g} = 1")
         bars.set_xticks(range(3), list(gates))
         bars.set(title="what two heads on one (query, key) pair cost", ylabel="penalty")
         ball.set(title="gates that cost 1", xlabel="gate of one head", ylabel="gate of the other")
         ball.set_aspect("equal")
-        for ax in (bars, ball):
-            ax.legend(frameon=False)
+        bars.legend(frameon=False, loc="upper left")
+        ball.legend(frameon=False, loc="lower left")
 
     picture(out / "penalty.png", 1, 2, (9, 3.6), paint)
 
@@ -880,7 +892,7 @@ def draw_ablations(runs, out):
         total = np.array([sum(run["n_trigrams"] for run in group) for group in groups.values()])
         wrong = total - counts.sum(axis=1)
         parts = [*counts.T, wrong]
-        labels = ("held by one head", "by several in turn", "distributed", "wrong or held otherwise")
+        labels = ("held by one head", "by several in turn", "distributed", "wrong")
         for part, label, colour in zip(parts, labels, (BLUE, GREEN, ORANGE, GREY)):
             ax.barh(range(len(groups)), part / total, left=left, color=colour, label=label)
             left = left + part / total
@@ -890,7 +902,7 @@ def draw_ablations(runs, out):
         ax.set_yticks(range(len(groups)), list(groups))
         ax.invert_yaxis()
         ax.set_xlabel("share of the trigrams")
-        ax.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.02), fontsize=8)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
 
     picture(out / "ablations.png", 1, 1, (9, 6), paint)
 
@@ -944,9 +956,9 @@ def parse(argv):
     add("experiments", nargs="*", help=f"which to run, of {names} (default: main)")
     add("--seed", type=whole, default=0, help="seed of main (default: %(default)s)")
     add("--seeds", type=whole, nargs=2, default=(0, 19), help="first and last seed of the sweep")
-    add("--out", type=Path, default=Path("figures"), help="folder to write to (default: %(default)s)")
+    add("--out", type=Path, default=Path("figures"), help="where to write (default: %(default)s)")
     add("--published", action="store_true", help="train the published block, its value bias free")
-    add("--quick", action="store_true", help="a smoke run of a few seconds: the numbers mean nothing")
+    add("--quick", action="store_true", help="a smoke run of seconds; its numbers mean nothing")
     arguments = parser.parse_args(argv)
     arguments.experiments = arguments.experiments or ["main"]
     for name in arguments.experiments:
