@@ -580,13 +580,12 @@ def _computed(name, value, want):
 
 
 def _main(arguments):
-    """Without arguments, says what it can do; with a file's name, writes the cases to it."""
+    """Writes the cases to the file that is named; without a name, says so and lists them."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("python gatedref.py FILE.npz writes the conformance cases there: CASE/W_Q, CASE/x,")
-        print("CASE/target, CASE/alpha, CASE/expected/pattern, CASE/expected/grads/W_Q, and so on.")
-        print("python -m pydoc gatedref explains what is in this file. The cases are:\n")
+        print("python gatedref.py FILE.npz writes the conformance cases: CASE/W_Q, ..., CASE/x,")
+        print("CASE/target, CASE/alpha, CASE/expected/z, ..., CASE/expected/grads/W_Q, .... Cases:")
         for name, (_, sizes, *_) in _CASES.items():
-            print(f"{name:13}", *(f"{axis}={size:<2}" for axis, size in zip("BTHDKG", sizes)))
+            print(f"    {name:13}", *(f"{axis}={size:<2}" for axis, size in zip("BTHDKG", sizes)))
         return 0 if arguments in ([], ["-h"], ["--help"]) else 2
     arrays = {}
     for case in cases():

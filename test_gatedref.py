@@ -2123,6 +2123,7 @@ def test_success_asks_for_all_of_accuracy_one_head_each_and_little_unexplained()
     run["fvu"] = 0.01
     assert train.is_success(run)
     assert not train.is_success({**run, "fvu": 0.0101})
+    assert train.is_taken_apart({**run, "fvu": 0.0101})
     assert not train.is_success({**run, "accuracy_gated": [1.0, 0.99]})
     for held in ([[[0]], [[0]]], [[[0]], [[1], [2]]], [[[0]], [[1, 2]]], [[[0]], []]):
         assert not train.is_success({**run, "holders_gated": held})
