@@ -21,8 +21,8 @@ and the second the key (source).
 Arrays may be float64, float32 or integers, which are taken as floats, and lists will do. Results
 have the type of what came in; where float types are mixed, each operation takes the wider, as NumPy
 does, and a gradient has the type of its parameter. Anything else, a wrong name or shape, NaN or
-infinity raises a ValueError that names the argument: broadcasting never turns a wrong shape into a
-number.
+infinity raises a ValueError that names the argument (a TypeError where its Python type is wrong):
+broadcasting never turns a wrong shape into a number.
 
 Source: Mathwin, Akar and Sharkey, "Gated Attention Blocks: Preliminary Progress toward Removing
 Attention Head Superposition" (April 2024), called "the post" below, and the code published with it.
@@ -119,7 +119,8 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
     "tanh" = tanh(max(s, 0)), "binary" = 1 where s > 1/2 and else 0, with the derivative of "clamp".
     Returns the dict of `attention`, and `gate_q gate_k` [B, T, H, G], `gate_scores gate
     gated_pattern` [B, H, query, key]. Gates are in [0, 1]; with "relu", >= 0.
-    Good to 13 digits while `W_V` and `W_O` stay below 1e150, where their squares would overflow.
+    Good to 13 digits in float64, while `W_V` and `W_O` stay below 1e150 (in float32, 1e18), where
+    their squares would overflow.
     ValueError: as `attention`, and an unknown activation, a value_scale that is not above 0.
     Source: the post, section by section; `value_scale` is this reference's own.
     """
@@ -136,7 +137,7 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
 
 
 def normalised(params, value_scale=None):
-    """The `W_V`, `b_V` and `W_O` that a gated block computes with, as `gated_attention` says."""
+    """The `W_V`, `b_V` and `W_O` that a gated block computes with, for arguments checked elsewhere."""
     W_O = _unit(params["W_O"], axis=-1)
     if value_scale is None:
         return {"W_V": _unit(params["W_V"], axis=-2), "b_V": params["b_V"], "W_O": W_O}
@@ -207,7 +208,7 @@ def lp_penalty(gate, p=0.6, *, causal=False):
 
 
 def lp_norm(gate, p):
-    """(sum over heads of gate^p)^(1/p), of gates [..., H, query, key]."""
+    """(sum over heads of gate^p)^(1/p) of [..., H, query, key]; it does not check its arguments."""
     return _power(_power(gate, p).sum(axis=-3), 1 / p)
 
 
@@ -302,9 +303,10 @@ def transformer(layers, tokens, *, activation="clamp", value_scale=None):
     Source: the toy model of the post, for any number of layers.
     """
     if not isinstance(getval(layers), (list, tuple)) or len(layers) == 0:
-        raise ValueError(f"layers must be a list of one or more parameter dicts, got {layers!r}")
+        got = "an empty one" if isinstance(layers, (list, tuple)) else type(layers)
+        raise ValueError(f"layers must be a list of one or more parameter dicts, got {got}")
     if not all(isinstance(getval(layer), dict) for layer in layers):
-        raise TypeError(f"layers must be a list of parameter dicts, got {layers!r}")
+        raise TypeError(f"layers must be a list of parameter dicts, got {[*map(type, layers)]}")
     _checked_options(activation, value_scale)
     gated = [any(name in layer for name in GATE) for layer in layers]
     axes = [GATED_BLOCK if is_gated else BLOCK for is_gated in gated]
@@ -520,7 +522,8 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     expected, norms = _flat(case.expected), {}
 
     def read(stages):
-        return {n: _computed(n, value, expected[n]) for n, value in _flat(stages).items()}
+        stages = _flat(stages)
+        return {n: _computed(n, stages[n], expected[n]) for n in expected if n in stages}
 
     single = [{n: np.float32(a) for n, a in case.params.items()}, *map(np.float32, case[2:4])]
     want, plain, got = map(read, (case.expected, _evaluate(*single, case.alpha), got))
@@ -574,7 +577,8 @@ def _computed(name, value, want):
         raise ValueError(f"{name} must be floats of shape {np.shape(want)}, got {got}")
     held = abs(want) <= np.finfo(array.dtype).max  # not so: a masked score, and 1e12 in float16
     if np.isnan(array).any() or np.isinf(array[held]).any():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+        at = np.argwhere(np.isnan(array) | np.isinf(array) & held)[0].tolist()
+        raise ValueError(f"{name} must be finite, got NaN or infinity first at {at}")
     eps = 2**-7 if bfloat16 else np.finfo(array.dtype).eps
     return np.where(np.isinf(want), 0.0, np.where(held, array, want)).astype(float), float(eps)
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 
@@ -182,7 +183,8 @@ def fast_loss_and_grad(
     inside = {"relu": scores > 0, "tanh": (scores > 0) * (1 - gate * gate)}
     d_scores = d_gate * inside.get(activation, (scores >= 0) & (scores <= 1))
     if reopen:
-        d_scores = d_scores + d_gate * ((scores < 0) & (d_gate < 0) | (scores > 1) & (d_gate > 0))
+        above = (scores > 1) & (d_gate > 0) & (activation in ("clamp", "binary"))
+        d_scores = d_scores + d_gate * (above | (scores < 0) & (d_gate < 0))
     grads["W_gate_Q"], grads["W_gate_K"] = d_scores @ gate_k, np.swapaxes(d_scores, 2, 3) @ gate_q
     grads |= {"b" + name[1:]: grads[name].sum(axis=2) for name in ("W_gate_Q", "W_gate_K")}
 
@@ -209,7 +211,8 @@ def _unit_back(W, d_unit, axis):
 
 # ------------------------------------------------------------------------------------------------
 # Training. alpha is in units of the target's variance: loss / variance = FVU + alpha * penalty,
-# whatever the toy. N starts run side by side, and the one with the lowest loss is kept.
+# whatever the toy. N starts run side by side, and the one with the lowest loss is kept: that with
+# the second of the three alphas, which is what takes heads apart.
 
 RECIPE = {
     "heads": 3,  # gated heads, as a multiple of the toy's
@@ -218,7 +221,7 @@ RECIPE = {
     "starts": 8,
     "steps": 2000,
     "rate": 0.01,
-    "alpha": (10.0, 1.0, 0.3),
+    "alpha": (20.0, 2.0, 0.3),
     "until": (0.1, 0.6, 0.7),
     "p": 0.6,
     "activation": "clamp",
@@ -265,7 +268,8 @@ def draw(contexts, size, rng):
 
 
 def descend(gradient, params, n_steps, rate):
-    """Adam, in three legs of shrinking steps. gradient(params, step) -> a dict like params."""
+    """Adam, in three legs of shrinking steps, each of which starts its averages anew.
+    gradient(params, step) -> a dict like params."""
     steps = itertools.count()
     for share, shrink in ((0.6, 1), (0.25, 0.3), (0.15, 0.1)):
         leg = round(share * n_steps)
@@ -320,7 +324,7 @@ def alpha_at(recipe, progress):
 
 
 def train_gated(toy, n_trigrams, seed, recipe, note=None):
-    """A gated block that reproduces a toy block: the start whose loss is the lowest at the end.
+    """A gated block that reproduces a toy block, the start with the lowest loss at the end.
 
     Returns its parameters, the options of `gatedref.gated_attention` that it was trained with, the
     last alpha (absolute), and the training curves of that start [step, (error, penalty, alpha)].
@@ -438,11 +442,17 @@ def is_distributed(accuracy, holding):
     return accuracy > 0.99 and not any(len(heads) == 1 for heads in holding)
 
 
+def is_superposition(run):
+    """Whether the toy has every trigram right, and one at least distributed over its heads."""
+    distributed = map(is_distributed, run["accuracy_toy"], run["holders_toy"])
+    return bool(min(run["accuracy_toy"]) > 0.99 and any(distributed))
+
+
 def is_taken_apart(run):
     """Every trigram right and held by just one head, and no head holding two."""
     single = [held[0][0] for held in run["holders_gated"] if len(held) == 1 and len(held[0]) == 1]
     one_each = len(single) == len(set(single)) == run["n_trigrams"]
-    return bool(min(run["accuracy_gated"]) > 0.99 and one_each)
+    return bool(is_superposition(run) and min(run["accuracy_gated"]) > 0.99 and one_each)
 
 
 def is_success(run):
@@ -460,7 +470,7 @@ def run_setting(job, note=None):
         toy_recipe = {**TOY, **(QUICK if job["quick"] else {})}
         toy = train_toy(n_heads, n_trigrams, toy_seed, **toy_recipe, note=note)
         accuracy, holding, toy_outputs = measure(toy, n_trigrams, stream(seed, 7), n_sequences)
-        if min(accuracy) > 0.99 and any(map(is_distributed, accuracy, holding)):
+        if is_superposition({"accuracy_toy": accuracy, "holders_toy": holding}):
             break
     gated_seed = stream(seed, n_heads, n_trigrams, 8)
     gated, options, alpha, curves = train_gated(toy, n_trigrams, gated_seed, recipe, note)
@@ -501,15 +511,11 @@ def make_job(key, seed, variant="default", changes=None, quick=False):
     return {**sizes, "seed": seed, "variant": variant, "changes": changes or {}, "quick": quick}
 
 
-def variant_of(arguments):
-    published = ("published value bias", {"value_scale": None})
-    return published if arguments.published else ("default", {})
-
-
 def experiment_main(arguments):
     keys = sorted(SETTINGS, reverse=True)  # the longest first: the cores are then done together
-    variant = variant_of(arguments)
-    jobs = [make_job(key, arguments.seed, *variant, arguments.quick) for key in keys]
+    variant = ("published value bias",) if arguments.published else ("default",)
+    changes = {"value_scale": None} if arguments.published else {}
+    jobs = [make_job(key, arguments.seed, *variant, changes, arguments.quick) for key in keys]
     results = sorted(run_all(jobs), key=lambda result: result[0]["key"])
     runs = [run for run, _ in results]
     for run in runs:
@@ -536,8 +542,10 @@ def run_all(jobs):
     notes = context.SimpleQueue()
     workers = min(len(jobs), os.cpu_count() or 1)
     began, progress = time.perf_counter(), {}
-    with ProcessPoolExecutor(workers, context, _start_worker, (notes,)) as pool:
+    with ProcessPoolExecutor(workers, context, _listen, (notes,)) as pool:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers ignore Ctrl-C: that is ours
         futures = [pool.submit(_run_job, number, job) for number, job in enumerate(jobs)]
+        signal.signal(signal.SIGINT, handler)
         try:
             while wait(futures, timeout=0.2, return_when="FIRST_EXCEPTION").not_done:
                 while not notes.empty():
@@ -557,8 +565,7 @@ def run_all(jobs):
             _clear_line()
 
 
-def _start_worker(notes):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+def _listen(notes):
     _run_job.notes = notes
 
 
@@ -615,7 +622,7 @@ def describe(run):
 def experiment_sweep(arguments):
     first, last = (0, 0) if arguments.quick else arguments.seeds
     jobs = [
-        make_job(key, seed, *variant_of(arguments), arguments.quick)
+        make_job(key, seed, quick=arguments.quick)
         for key in SETTINGS
         for seed in range(first, last + 1)
     ]
@@ -682,7 +689,7 @@ def tell_rates(runs):
         one, several, distributed = np.sum([count_holders(run) for run in group], axis=0)
         wrong = sum(accuracy <= 0.99 for run in group for accuracy in run["accuracy_gated"])
         fvu = np.median([run["fvu"] for run in group])
-        first_draws = sum(run["redraws"] == 0 for run in group)
+        first_draws = sum(run["redraws"] == 0 and is_superposition(run) for run in group)
         apart, success = (sum(map(test, group)) for test in (is_taken_apart, is_success))
         counts = (apart, success, one, several, distributed, wrong, f"{fvu:.4f}", first_draws)
         print(row.format(variant, key, *map(str, counts)))
@@ -922,18 +929,26 @@ def write(path, fill):
         raise
 
 
-def save(out, name, rows):
-    """Puts one experiment's rows into results.json and leaves the others' as they are."""
+def load(out):
     path = out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    return dict(results)
+
+
+def save(out, name, rows):
+    """Puts one experiment's rows into results.json and leaves the others' as they are."""
     versions = {package: metadata.version(package) for package in ("numpy", "autograd")}
-    environment = {"python": platform.python_version(), **versions, "platform": platform.platform()}
-    results = {**results, "environment": environment, name: rows}
-    write(path, lambda file: file.write((json.dumps(results, indent=1) + "\n").encode()))
+    environment = {"python": platform.python_version(), **versions}
+    environment["platform"] = platform.platform()
+    results = {**load(out), "environment": environment, name: rows}
+    text = json.dumps(results, indent=1) + "\n"
+    write(out / "results.json", lambda file: file.write(text.encode()))
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
 
     def whole(text):
@@ -944,10 +959,10 @@ def parse(argv):
     add = parser.add_argument
     names = ", ".join(EXPERIMENTS)
     add("experiments", nargs="*", help=f"which to run, of {names} (default: main)")
-    add("--seed", type=whole, default=0, help="seed of main (default: %(default)s)")
+    add("--seed", type=whole, default=1, help="seed of main (default: %(default)s)")
     add("--seeds", type=whole, nargs=2, default=(0, 19), help="first and last seed of the sweep")
-    add("--out", type=Path, default=Path("figures"), help="where to write (default: %(default)s)")
-    add("--published", action="store_true", help="train the published block, its value bias free")
+    add("--out", type=Path, help="where to write (default: figures, or figures/quick)")
+    add("--published", action="store_true", help="main: the published block, its value bias free")
     add("--quick", action="store_true", help="a smoke run of seconds; its numbers mean nothing")
     arguments = parser.parse_args(argv)
     arguments.experiments = arguments.experiments or ["main"]
@@ -956,6 +971,13 @@ def parse(argv):
             parser.error(f"unknown experiment {name!r}, choose from {names}")
     if arguments.seeds[0] > arguments.seeds[1]:
         parser.error(f"--seeds must be first and last, got {arguments.seeds}")
+    if arguments.published and arguments.experiments != ["main"]:
+        parser.error("--published goes with main alone")
+    arguments.out = arguments.out or Path("figures/quick" if arguments.quick else "figures")
+    try:
+        load(arguments.out)
+    except (OSError, ValueError, TypeError) as problem:
+        parser.error(f"cannot read {arguments.out / 'results.json'}: {problem}")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write(arguments.out / ".writable", lambda file: None)
@@ -973,12 +995,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 130
-    except FloatingPointError as diverged:
-        print(f"train.py: {diverged}", file=sys.stderr)
+    except (FloatingPointError, OSError, BrokenProcessPool) as problem:
+        print(f"train.py: {problem}", file=sys.stderr)
         return 1
     print(f"\nresults and pictures are in {arguments.out}/")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the workers too
     sys.exit(main())
