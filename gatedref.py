@@ -137,7 +137,7 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
 
 
 def normalised(params, value_scale=None):
-    """The `W_V`, `b_V` and `W_O` that a gated block computes with, for arguments checked elsewhere."""
+    """The `W_V`, `b_V` and `W_O` a gated block computes with, of arguments checked elsewhere."""
     W_O = _unit(params["W_O"], axis=-1)
     if value_scale is None:
         return {"W_V": _unit(params["W_V"], axis=-2), "b_V": params["b_V"], "W_O": W_O}
@@ -208,7 +208,7 @@ def lp_penalty(gate, p=0.6, *, causal=False):
 
 
 def lp_norm(gate, p):
-    """(sum over heads of gate^p)^(1/p) of [..., H, query, key]; it does not check its arguments."""
+    """(sum over heads of gate^p)^(1/p), of [..., H, query, key] that were checked elsewhere."""
     return _power(_power(gate, p).sum(axis=-3), 1 / p)
 
 

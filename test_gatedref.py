@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from pathlib import Path
 
 import autograd.numpy as anp
 import numpy as np
@@ -1972,6 +1973,20 @@ def test_a_stuck_gate_gets_a_gradient_back_inside_only_with_reopen():
             assert (np.sign(free) == wanted) == (sign == 1 or score > 1)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_above_1_a_gate_that_is_not_clamped_has_its_gradient_with_or_without_reopen(activation):
+    _, tokens, n_tokens = toy_and_tokens()
+    rows = train.tabulate(tokens, n_tokens)
+    params = gatedref.init_params(2, n_tokens, 1, 0, d_gate=1)
+    params["b_gate_Q"] += 1.5
+    params["b_gate_K"] += 1.5
+    inputs = train.stacked([params]), rows, np.zeros_like(rows["counts"]), 0.1
+    shut = train.fast_loss_and_grad(*inputs, activation=activation)[1]
+    free = train.fast_loss_and_grad(*inputs, activation=activation, reopen=True)[1]
+    for name in shut:
+        np.testing.assert_array_equal(free[name], shut[name])
+
+
 def test_the_toy_learns_on_the_cross_entropy_of_the_next_token():
     toy, _, n_tokens = toy_and_tokens()
     contexts = train.sample_contexts(3, 30, seed=5)
@@ -2094,6 +2109,15 @@ def test_an_out_that_is_a_file_ends_with_one_line_and_status_2(tmp_path, capsys)
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_results_that_cannot_be_read_are_refused_before_any_training(text, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_an_interrupt_ends_with_status_130_and_keeps_what_was_finished(tmp_path, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
@@ -2120,10 +2144,40 @@ def test_a_run_that_diverges_says_where_and_writes_nothing(tmp_path, monkeypatch
 
 def test_success_asks_for_all_of_accuracy_one_head_each_and_little_unexplained():
     run = {"accuracy_gated": [1.0, 0.995], "holders_gated": [[[0]], [[2]]], "n_trigrams": 2}
-    run["fvu"] = 0.01
+    run |= {"accuracy_toy": [1.0, 0.995], "holders_toy": [[[0]], [[0, 1]]], "fvu": 0.01}
     assert train.is_success(run)
+    assert not train.is_success({**run, "accuracy_toy": [1.0, 0.99]})
+    assert not train.is_success({**run, "holders_toy": [[[0]], [[1]]]})
     assert not train.is_success({**run, "fvu": 0.0101})
     assert train.is_taken_apart({**run, "fvu": 0.0101})
     assert not train.is_success({**run, "accuracy_gated": [1.0, 0.99]})
     for held in ([[[0]], [[0]]], [[[0]], [[1], [2]]], [[[0]], [[1, 2]]], [[[0]], []]):
         assert not train.is_success({**run, "holders_gated": held})
+
+
+# ------------------------------------------------------------------------------------------------
+# The README
+
+
+def test_the_readme_tells_what_the_results_hold():
+    here = Path(__file__).parent
+    readme = (here / "README.md").read_text()
+    results = json.loads((here / "figures" / "results.json").read_text())
+    for run in results["main"]:
+        toy, gated = (
+            ", ".join(train.told(holding) for holding in run[f"holders_{which}"])
+            for which in ("toy", "gated")
+        )
+        unexplained, penalty = f"{run['fvu']:.4f}", f"{run['penalty']:.4f}"
+        cells = run["key"], toy, run["n_gated_heads"], gated, unexplained, penalty
+        assert "| " + " | ".join(map(str, cells)) + " |" in readme
+        assert run["variant"] == "default"
+        assert f"seed {run['seed']}" in readme
+    for (_, key), runs in train.grouped(results["sweep"]).items():
+        first = sum(run["redraws"] == 0 and train.is_superposition(run) for run in runs)
+        apart, success = (
+            sum(map(test, runs)) for test in (train.is_taken_apart, train.is_success)
+        )
+        fvu = f"{np.median([run['fvu'] for run in runs]):.4f}"
+        cells = key, len(runs), first, apart, success, fvu
+        assert "| " + " | ".join(map(str, cells)) + " |" in readme

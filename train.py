@@ -543,7 +543,7 @@ def run_all(jobs):
     workers = min(len(jobs), os.cpu_count() or 1)
     began, progress = time.perf_counter(), {}
     with ProcessPoolExecutor(workers, context, _listen, (notes,)) as pool:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers ignore Ctrl-C: that is ours
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is not for workers
         futures = [pool.submit(_run_job, number, job) for number, job in enumerate(jobs)]
         signal.signal(signal.SIGINT, handler)
         try:
