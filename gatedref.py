@@ -122,7 +122,7 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
     Good to 13 digits in float64, while `W_V` and `W_O` stay below 1e150 (in float32, 1e18), where
     their squares would overflow.
     ValueError: as `attention`, and an unknown activation, a value_scale that is not above 0.
-    Source: the post, section by section; `value_scale` is this reference's own.
+    Source: the post; `value_scale` is this reference's own.
     """
     _checked_options(activation, value_scale)
     params, x = _checked_block(params, x, GATED_BLOCK)
@@ -148,8 +148,12 @@ def normalised(params, value_scale=None):
 
 def _unit(W, axis):
     """W with norm 1 along an axis; floored under the root, whose derivative at 0 is infinite."""
+    return W / _norm(W, axis)
+
+
+def _norm(W, axis):
     squares = (W * W).sum(axis=axis, keepdims=True)
-    return W / np.sqrt(np.where(squares > 1e-24, squares, 1e-24))
+    return np.sqrt(np.where(squares > 1e-24, squares, 1e-24))
 
 
 def _clamp(s):
@@ -528,8 +532,7 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     single = [{n: np.float32(a) for n, a in case.params.items()}, *map(np.float32, case[2:4])]
     want, plain, got = map(read, (case.expected, _evaluate(*single, case.alpha), got))
     for name, axis in (("W_V", 1), ("W_O", 2)):
-        squares = (case.params[name] ** 2).sum(axis=axis, keepdims=True)
-        norms["grads/" + name] = np.sqrt(np.maximum(squares, 1e-24))
+        norms["grads/" + name] = _norm(case.params[name], axis)
     top = {n: (abs(array) * norms.get(n, 1)).max() for n, (array, _) in want.items()}
     e = {n: (abs(plain[n][0] - want[n][0]) * norms.get(n, 1)).max() for n in want}
     for most in (top, e):
@@ -606,7 +609,7 @@ def _main(arguments):
 
 
 # ------------------------------------------------------------------------------------------------
-# The door: every argument is checked here, once, before anything is computed
+# The door: what every public function checks its arguments with
 
 
 def _checked(values, axes):

@@ -1,7 +1,7 @@
 """train: superposition appears in a toy model, and a gated block takes it apart.
 
     python train.py                    the three published settings: tables, pictures (a minute)
-    python train.py sweep ablations    how often it works, and what it needs (half an hour each)
+    python train.py sweep ablations    how often it works, and what it needs (long)
     python train.py --help
 
 The toy is one attention block with fewer heads than there are skip trigrams, trained on next-token
@@ -425,7 +425,7 @@ def measure(block, n_trigrams, seed, n_sequences, **options):
 
 def unexplained(toy, gated, n_trigrams, seed, n_sequences, **options):
     """FVU, the fraction of the toy's output variance that the gated block leaves unexplained; and
-    the penalty's mean, both on fresh sequences."""
+    the L0.6 penalty, over all pairs whatever it was trained with. Both on fresh sequences."""
     tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
     errors, targets, penalties = [], [], []
     for part in np.array_split(tokens, math.ceil(n_sequences / 500)):
@@ -465,9 +465,9 @@ def run_setting(job, note=None):
     n_heads, n_trigrams, seed = job["n_heads"], job["n_trigrams"], job["seed"]
     recipe = {**RECIPE, **(QUICK if job["quick"] else {}), **job["changes"]}
     n_sequences = 2000 if job["quick"] else 20000
+    toy_recipe = {**TOY, **(QUICK if job["quick"] else {})}
     for redraws in range(1 if job["quick"] else 10):
         toy_seed = stream(seed, n_heads, n_trigrams, redraws)
-        toy_recipe = {**TOY, **(QUICK if job["quick"] else {})}
         toy = train_toy(n_heads, n_trigrams, toy_seed, **toy_recipe, note=note)
         accuracy, holding, toy_outputs = measure(toy, n_trigrams, stream(seed, 7), n_sequences)
         if is_superposition({"accuracy_toy": accuracy, "holders_toy": holding}):
@@ -513,9 +513,10 @@ def make_job(key, seed, variant="default", changes=None, quick=False):
 
 def experiment_main(arguments):
     keys = sorted(SETTINGS, reverse=True)  # the longest first: the cores are then done together
-    variant = ("published value bias",) if arguments.published else ("default",)
-    changes = {"value_scale": None} if arguments.published else {}
-    jobs = [make_job(key, arguments.seed, *variant, changes, arguments.quick) for key in keys]
+    variant, changes = "default", {}
+    if arguments.published:
+        variant, changes = "published value bias", {"value_scale": None}
+    jobs = [make_job(key, arguments.seed, variant, changes, arguments.quick) for key in keys]
     results = sorted(run_all(jobs), key=lambda result: result[0]["key"])
     runs = [run for run, _ in results]
     for run in runs:
@@ -551,9 +552,9 @@ def run_all(jobs):
                 while not notes.empty():
                     number, note = notes.get()
                     progress[number] = note
-                done = sum(future.done() for future in futures)
                 if any(future.done() and future.exception() for future in futures):
                     break
+                done = [future.done() for future in futures]
                 _show_progress(jobs, progress, done, time.perf_counter() - began)
             return [future.result() for future in futures]
         except BaseException:
@@ -582,12 +583,12 @@ def _show_progress(jobs, progress, done, elapsed):
     if not (sys.stderr.isatty() and progress):
         return
     number, told = max(progress.items())  # any of those that run will do
-    share = (done + sum(note["done"] for n, note in progress.items() if n >= done)) / len(jobs)
-    left = elapsed * (1 / max(share, 0.01) - 1)
+    running = sum(note["done"] for n, note in progress.items() if not done[n])
+    left = elapsed * (len(jobs) / max(sum(done) + running, 0.01) - 1)
     shown = [name for name in ("loss", "penalty", "alpha") if name in told]
     values = "  ".join(f"{name} {told[name]:.4f}" for name in shown)
     which = f"{jobs[number]['key']} seed {jobs[number]['seed']}"
-    line = f"{done}/{len(jobs)} done  {which}  step {told['step']}  {values}"
+    line = f"{sum(done)}/{len(jobs)} done  {which}  step {told['step']}  {values}"
     print(f"\r\033[K{line}  {left:.0f} s left"[:160], end="", file=sys.stderr, flush=True)
 
 
