@@ -218,21 +218,28 @@ RECIPE = {
     "heads": 3,  # gated heads, as a multiple of the toy's
     "d_head": 2,
     "d_gate": 2,
-    "starts": 8,
-    "steps": 2000,
-    "rate": 0.01,
-    "alpha": (20.0, 2.0, 0.3),
-    "until": (0.1, 0.6, 0.7),
     "p": 0.6,
     "activation": "clamp",
     "value_scale": 2.0,  # times the largest entry of the target; None: the published value bias
     "causal": False,
-    "reopen": 0.7,  # until this part of the steps, gates that are stuck get a gradient
     "copies": None,  # start from copies of the toy's heads, with noise of this standard deviation
+    # The search, from all starts at once: no alpha until the first of `until`, then one that falls
+    # geometrically until the second. `reopen`: gates that are stuck get a gradient.
+    "starts": 12,
+    "steps": 1400,
+    "rate": 0.01,
+    "alpha": (20.0, 3.0),
+    "until": (0.14, 0.84),
+    "reopen": True,
+    # The finish of the one with the lowest loss: a weak alpha, and larger batches.
+    "finish_steps": 700,
+    "finish_rate": 0.003,
+    "finish_alpha": 0.05,
 }
-TOY = {"starts": 4, "steps": 5000, "rate": 0.03}
-QUICK = {"starts": 2, "steps": 40}
+TOY = {"starts": 4, "steps": 10000, "rate": 0.03}
+QUICK, QUICK_TOY = {"starts": 2, "steps": 40, "finish_steps": 20}, {"starts": 2, "steps": 40}
 SETTINGS = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5)}
+WIDE = {"8H10T": (8, 10)}  # with twice the heads: 16 are as many as `gatedref.holders` takes
 
 
 def stream(*numbers):
@@ -241,41 +248,53 @@ def stream(*numbers):
 
 
 def sample_contexts(n_trigrams, n_sequences, seed, causal=False):
-    """Rows to train on, by query token: their counts, the token that comes next (-1 after the last
-    position), the share of all rows, and `pairs`."""
+    """Rows to train on, by query token: their counts [V, R, V] and the token that comes next [V, R]
+    (-1 after the last position), of which the first `n_rows` [V] are real; and `pairs`."""
     n_tokens = 2 * n_trigrams + 2
     tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
     rows = _rows(tokens, n_tokens)
     after = np.concatenate([tokens[:, 1:], np.full((len(tokens), 1), -1)], axis=1)
-    return {
-        "counts": [rows[tokens == token] for token in range(n_tokens)],
-        "after": [after[tokens == token] for token in range(n_tokens)],
-        "share": np.bincount(tokens.ravel(), minlength=n_tokens) / tokens.size,
-        "pairs": _pairs(tokens, rows, causal),
-    }
+    n_rows = np.bincount(tokens.ravel(), minlength=n_tokens)
+    contexts = {"n_rows": n_rows, "pairs": _pairs(tokens, rows, causal)}
+    contexts["counts"] = np.zeros((n_tokens, n_rows.max(), n_tokens))
+    contexts["after"] = np.zeros((n_tokens, n_rows.max()), dtype=int)
+    for token, n in enumerate(n_rows):
+        contexts["counts"][token, :n] = rows[tokens == token]
+        contexts["after"][token, :n] = after[tokens == token]
+    return contexts
 
 
 def draw(contexts, size, rng):
     """A batch, as `tabulate` returns it: the same number of rows for each query token, weighted."""
-    picks = [rng.integers(len(rows), size=size) for rows in contexts["counts"]]
-    counts, after = (
-        np.stack([rows[pick] for rows, pick in zip(contexts[name], picks)])
-        for name in ("counts", "after")
-    )
-    weight = np.repeat(contexts["share"][:, None] / size, size, axis=1)
-    pairs = contexts["pairs"]
-    return {"counts": counts.astype(float), "after": after, "weight": weight, "pairs": pairs}
+    n_rows = contexts["n_rows"][:, None]
+    picks = np.arange(len(n_rows))[:, None], rng.integers(n_rows, size=(len(n_rows), size))
+    weight = np.repeat(n_rows / n_rows.sum() / size, size, axis=1)
+    batch = {name: contexts[name][picks] for name in ("counts", "after")}
+    return {**batch, "weight": weight, "pairs": contexts["pairs"]}
 
 
 def descend(gradient, params, n_steps, rate):
     """Adam, in three legs of shrinking steps, each of which starts its averages anew.
     gradient(params, step) -> a dict like params."""
-    steps = itertools.count()
+    names, shapes = list(params), [array.shape for array in params.values()]
+    ends = np.cumsum([array[0].size for array in params.values()])[:-1]
+
+    def joined(arrays):  # one array [N, all parameters]: autograd's adam is slow on dicts
+        return np.concatenate([arrays[n].reshape(len(arrays[n]), -1) for n in names], axis=1)
+
+    def parted(flat):
+        parts = np.split(flat, ends, axis=1)
+        return {n: part.reshape(shape) for n, part, shape in zip(names, parts, shapes)}
+
+    def downhill(flat, _):
+        return joined(gradient(parted(flat), next(steps)))
+
+    steps, flat = itertools.count(), joined(params)
     for share, shrink in ((0.6, 1), (0.25, 0.3), (0.15, 0.1)):
         leg = round(share * n_steps)
         with np.errstate(over="ignore", invalid="ignore"):  # _watch tells of a run that diverges
-            params = adam(lambda p, _: gradient(p, next(steps)), params, None, leg, rate * shrink)
-    return params
+            flat = adam(downhill, flat, None, leg, rate * shrink)
+    return parted(flat)
 
 
 def stacked(blocks):
@@ -287,12 +306,17 @@ def cross_entropy(params, batch):
     n_tokens, size, _ = batch["counts"].shape
     attn_out, backward = fast_attention(params, batch["counts"])
     logits = attn_out + np.repeat(np.eye(n_tokens), size, axis=0)
-    log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    after = np.eye(n_tokens + 1)[batch["after"].ravel()][:, :n_tokens]  # 0 for the last position
-    weight = (batch["weight"].ravel() * after.sum(axis=1))[:, None]
+    logits -= logits.max(axis=-1, keepdims=True)
+    likely = np.exp(logits)
+    total = likely.sum(axis=-1)
+    after = batch["after"].ravel()
+    weight = batch["weight"].ravel() * (after >= 0)
     weight = weight / weight.sum()
-    grads, _ = backward((np.exp(log_p) - after) * weight)
-    return -(log_p * after * weight).sum(axis=(1, 2)), grads
+    rows = np.arange(len(after))
+    losses = (np.log(total) - logits[:, rows, after]) @ weight
+    d_logits = likely * (weight / total)[..., None]
+    d_logits[:, rows, after] -= weight
+    return losses, backward(d_logits)[0]
 
 
 def train_toy(n_heads, n_trigrams, seed, starts, steps, rate, note=None):
@@ -313,18 +337,17 @@ def train_toy(n_heads, n_trigrams, seed, starts, steps, rate, note=None):
 
 
 def alpha_at(recipe, progress):
-    """No penalty; a strong one that falls geometrically; its end held a while; a weak one."""
-    first, last, final = recipe["alpha"]
-    free, fallen, settled = recipe["until"]
+    """The search's alpha: none, then a strong one that falls geometrically, then its end."""
+    first, last = recipe["alpha"]
+    free, fallen = recipe["until"]
     if progress < free:
         return 0.0
-    if progress >= settled:
-        return final
     return first * (last / first) ** min(1, (progress - free) / (fallen - free))
 
 
 def train_gated(toy, n_trigrams, seed, recipe, note=None):
-    """A gated block that reproduces a toy block, the start with the lowest loss at the end.
+    """A gated block that reproduces a toy block: of all starts the one with the lowest loss at the
+    end of the search, finished.
 
     Returns its parameters, the options of `gatedref.gated_attention` that it was trained with, the
     last alpha (absolute), and the training curves of that start [step, (error, penalty, alpha)].
@@ -354,23 +377,32 @@ def train_gated(toy, n_trigrams, seed, recipe, note=None):
     ]
     if recipe["copies"] is not None:
         starts = [_copies(toy, start, recipe["copies"], rng) for start in starts]
-    steps, curves = recipe["steps"], []
 
-    def gradient(params, step):
-        batch, target = batch_and_target(40)
-        alpha = alpha_at(recipe, step / steps) * variance
-        reopen = step / steps < recipe["reopen"]
-        scalars, grads = fast_loss_and_grad(params, batch, target, alpha, reopen=reopen, **fixed)
-        errors = scalars["mse"] / variance
-        curves.append([errors, scalars["penalty"], np.full(len(errors), alpha / variance)])
-        _watch(note, step, steps, {**scalars, "alpha": alpha / variance})
-        return grads
+    def learn(params, steps, rate, size, alpha, reopen):
+        curves = []
 
-    params = descend(gradient, stacked(starts), steps, recipe["rate"])
+        def gradient(params, step):
+            now = alpha(step / steps)
+            inputs = params, *batch_and_target(size), now * variance
+            scalars, grads = fast_loss_and_grad(*inputs, reopen=reopen, **fixed)
+            curves.append([scalars["mse"] / variance, scalars["penalty"], 0 * scalars["mse"] + now])
+            _watch(note, step, steps, {**scalars, "alpha": now})
+            return grads
+
+        return descend(gradient, params, steps, rate), curves
+
+    search = recipe["steps"], recipe["rate"], 40, lambda u: alpha_at(recipe, u), recipe["reopen"]
+    params, curves = learn(stacked(starts), *search)
     scalars, _ = fast_loss_and_grad(params, *batch_and_target(1000), 0.0, **fixed)
     best = np.argmin(scalars["mse"] + recipe["alpha"][1] * variance * scalars["penalty"])
-    params = {name: array[best] for name, array in params.items()}
-    return params, options, recipe["alpha"][2] * variance, np.array(curves)[:, :, best]
+    params = {name: array[best : best + 1] for name, array in params.items()}
+    curves = [np.array(curves)[:, :, best]]
+    if recipe["finish_steps"]:
+        finish = recipe["finish_steps"], recipe["finish_rate"], 100
+        params, more = learn(params, *finish, lambda u: recipe["finish_alpha"], False)
+        curves.append(np.array(more)[:, :, 0])
+    params = {name: array[0] for name, array in params.items()}
+    return params, options, recipe["finish_alpha"] * variance, np.concatenate(curves)
 
 
 def _copies(toy, start, noise, rng):
@@ -400,7 +432,8 @@ def _watch(note, step, steps, scalars):
 def measure(block, n_trigrams, seed, n_sequences, **options):
     """Of a one-block model, for each trigram: accuracy, the holding sets, and each head's mean
     output on the answer [H, n]. On sequences with just one completed trigram; where its B is last
-    that counts for holding alone. Holding is judged on 1,000 sequences a trigram, if there are."""
+    that counts for holding alone. Holding is judged on 1,000 sequences a trigram, if there are; for
+    16 heads, which form 65,536 sets, on 256."""
     tokens, completes = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
     tokens, completes = (a[completes.sum(axis=1) == 1] for a in (tokens, completes))
     sequence, position = np.nonzero(completes)
@@ -417,7 +450,8 @@ def measure(block, n_trigrams, seed, n_sequences, **options):
     for answer in range(n_trigrams + 1, 2 * n_trigrams + 1):
         mine = np.flatnonzero(answers == answer)
         accuracy.append(float(right[mine][position[mine] < tokens.shape[1] - 1].mean()))
-        held = gatedref.holders(result[mine[:1000]], answers[mine[:1000]])
+        few = mine[: min(1000, 2**24 // 2 ** result.shape[1])]
+        held = gatedref.holders(result[few], answers[few])
         holding.append([list(heads) for heads in held])
         outputs.append(result[mine, :, answer].mean(axis=0))
     return accuracy, holding, np.array(outputs).T
@@ -460,63 +494,69 @@ def is_success(run):
 
 
 def run_setting(job, note=None):
-    """A toy model and its gated block. Returns the run, as results.json tells it, and the rest."""
+    """A toy model, and a gated block for each variant of the recipe. Returns for each the run, as
+    results.json tells it, and the rest."""
     began = time.perf_counter()
     n_heads, n_trigrams, seed = job["n_heads"], job["n_trigrams"], job["seed"]
-    recipe = {**RECIPE, **(QUICK if job["quick"] else {}), **job["changes"]}
     n_sequences = 2000 if job["quick"] else 20000
-    toy_recipe = {**TOY, **(QUICK if job["quick"] else {})}
+    toy_recipe = {**TOY, **(QUICK_TOY if job["quick"] else {})}
     for redraws in range(1 if job["quick"] else 10):
         toy_seed = stream(seed, n_heads, n_trigrams, redraws)
         toy = train_toy(n_heads, n_trigrams, toy_seed, **toy_recipe, note=note)
         accuracy, holding, toy_outputs = measure(toy, n_trigrams, stream(seed, 7), n_sequences)
         if is_superposition({"accuracy_toy": accuracy, "holders_toy": holding}):
             break
-    gated_seed = stream(seed, n_heads, n_trigrams, 8)
-    gated, options, alpha, curves = train_gated(toy, n_trigrams, gated_seed, recipe, note)
-    after = measure(gated, n_trigrams, stream(seed, 9), n_sequences, **options)
-    fresh = stream(seed, 10), n_sequences // 2
-    fvu, penalty = unexplained(toy, gated, n_trigrams, *fresh, **options)
-    run = {
-        "key": job["key"],
-        "variant": job["variant"],
-        "seed": seed,
-        "redraws": redraws,
-        "n_heads": n_heads,
-        "n_trigrams": n_trigrams,
-        "n_gated_heads": len(gated["W_Q"]),
-        "alpha": float(alpha),
-        "steps": recipe["steps"],
-        "starts": recipe["starts"],
-        "accuracy_toy": accuracy,
-        "accuracy_gated": after[0],
-        "holders_toy": holding,
-        "holders_gated": after[1],
-        "fvu": fvu,
-        "penalty": penalty,
-    }
-    run |= {"success": is_success(run), "seconds": time.perf_counter() - began}
-    scale = options["value_scale"]
-    params = {"toy": toy, "gated": {**gated, **({} if scale is None else {"value_scale": scale})}}
-    return run, {"params": params, "outputs": (toy_outputs, after[2]), "curves": curves}
+    toy_seconds = time.perf_counter() - began
+    results = []
+    for variant, changes in job["variants"].items():
+        began = time.perf_counter()
+        recipe = {**RECIPE, **(QUICK if job["quick"] else {}), **changes}
+        gated_seed = stream(seed, n_heads, n_trigrams, 8)
+        gated, options, alpha, curves = train_gated(toy, n_trigrams, gated_seed, recipe, note)
+        after = measure(gated, n_trigrams, stream(seed, 9), n_sequences, **options)
+        fresh = stream(seed, 10), n_sequences // 2
+        fvu, penalty = unexplained(toy, gated, n_trigrams, *fresh, **options)
+        run = {
+            "key": job["key"],
+            "variant": variant,
+            "seed": seed,
+            "redraws": redraws,
+            "n_heads": n_heads,
+            "n_trigrams": n_trigrams,
+            "n_gated_heads": len(gated["W_Q"]),
+            "alpha": float(alpha),
+            "steps": recipe["steps"] + recipe["finish_steps"],
+            "starts": recipe["starts"],
+            "accuracy_toy": accuracy,
+            "accuracy_gated": after[0],
+            "holders_toy": holding,
+            "holders_gated": after[1],
+            "fvu": fvu,
+            "penalty": penalty,
+        }
+        run["success"] = is_success(run)
+        run["seconds"] = toy_seconds + time.perf_counter() - began
+        scale = options["value_scale"]
+        params = {"toy": toy, "gated": {**gated, **({"value_scale": scale} if scale else {})}}
+        rest = {"params": params, "outputs": (toy_outputs, after[2]), "curves": curves}
+        results.append((run, rest))
+    return results
 
 
 # ------------------------------------------------------------------------------------------------
 # Experiments. Each returns its rows for results.json, and whatever its pictures need beside them.
 
 
-def make_job(key, seed, variant="default", changes=None, quick=False):
-    n_heads, n_trigrams = SETTINGS[key]
+def make_job(key, seed, variants=None, quick=False):
+    n_heads, n_trigrams = (SETTINGS | WIDE)[key]
     sizes = {"key": key, "n_heads": n_heads, "n_trigrams": n_trigrams}
-    return {**sizes, "seed": seed, "variant": variant, "changes": changes or {}, "quick": quick}
+    return {**sizes, "seed": seed, "variants": variants or {"default": {}}, "quick": quick}
 
 
 def experiment_main(arguments):
     keys = sorted(SETTINGS, reverse=True)  # the longest first: the cores are then done together
-    variant, changes = "default", {}
-    if arguments.published:
-        variant, changes = "published value bias", {"value_scale": None}
-    jobs = [make_job(key, arguments.seed, variant, changes, arguments.quick) for key in keys]
+    variants = {name: VARIANTS[name] for name in ["published objective"] if arguments.published}
+    jobs = [make_job(key, arguments.seed, variants, arguments.quick) for key in keys]
     results = sorted(run_all(jobs), key=lambda result: result[0]["key"])
     runs = [run for run, _ in results]
     for run in runs:
@@ -536,7 +576,7 @@ def experiment_main(arguments):
 
 
 def run_all(jobs):
-    """Runs the jobs, a process for each core, with one line of progress; results in the same order.
+    """Runs the jobs, a process for each core, with one line of progress; all results, in order.
 
     Fresh processes, since BLAS threads and the C library read their settings at the start."""
     context = multiprocessing.get_context("spawn")
@@ -556,7 +596,7 @@ def run_all(jobs):
                     break
                 done = [future.done() for future in futures]
                 _show_progress(jobs, progress, done, time.perf_counter() - began)
-            return [future.result() for future in futures]
+            return [result for future in futures for result in future.result()]
         except BaseException:
             for process in list(pool._processes.values()):
                 process.terminate()
@@ -575,7 +615,7 @@ def _run_job(number, job):
     try:
         return run_setting(job, note)
     except FloatingPointError as diverged:
-        settings = {name: job[name] for name in ("key", "seed", "variant", "changes")}
+        settings = {name: job[name] for name in ("key", "seed", "variants")}
         raise FloatingPointError(f"{diverged}, with {settings}") from None
 
 
@@ -620,30 +660,21 @@ def describe(run):
     )
 
 
-def experiment_sweep(arguments):
-    first, last = (0, 0) if arguments.quick else arguments.seeds
-    jobs = [
-        make_job(key, seed, quick=arguments.quick)
-        for key in SETTINGS
-        for seed in range(first, last + 1)
-    ]
-    runs = [run for run, _ in run_all(jobs)]
-    tell_rates(runs)
-    draw_sweep(runs, arguments.out)
-    return runs
-
-
-CONSTANT = {"alpha": (RECIPE["alpha"][1],) * 3, "until": (0.0, 0.6, 0.7)}
-ABLATIONS = {
+CONSTANT = {"alpha": (1.0, 1.0), "until": (0.0, 1.0), "finish_alpha": 1.0}
+VARIANTS = {
     "default": {},
-    **{f"p = {p}": {"p": p} for p in (0.4, 0.5, 0.8, 1.0, 2.0)},
-    "no penalty": {"alpha": (1e-12,) * 3},
-    **{f"{n} x the heads": {"heads": n} for n in (1, 2, 3, 4) if n != RECIPE["heads"]},
-    "one start": {"starts": 1},
+    "published objective": {"value_scale": None},
     "constant alpha": CONSTANT,
-    "published value bias": {"value_scale": None},
+}
+ABLATIONS = {
+    **VARIANTS,
+    **{f"p = {p}": {"p": p} for p in (0.4, 0.5, 0.8, 1.0, 2.0)},
+    "no penalty": {"alpha": (1e-12, 1e-12), "finish_alpha": 0.0},
+    **{f"{n} x the heads": {"heads": n} for n in (1, 2, 4)},
+    "one start": {"starts": 1},
     "penalty on causal pairs": {"causal": True},
-    "stuck gates stay stuck": {"reopen": 0.0},
+    "stuck gates stay stuck": {"reopen": False},
+    "no finish": {"finish_steps": 0},
     "d_gate 1": {"d_gate": 1},
     "d_head 1": {"d_head": 1},
     **{name: {"activation": name} for name in ("relu", "tanh", "binary")},
@@ -651,27 +682,40 @@ ABLATIONS = {
 }
 
 
+def experiment_sweep(arguments):
+    first, last = (0, 0) if arguments.quick else arguments.seeds
+    seeds = range(first, last + 1)
+    jobs = [make_job(key, seed, VARIANTS, arguments.quick) for key in SETTINGS for seed in seeds]
+    if not arguments.quick:
+        few = {"2 x the heads": {"heads": 2}}
+        jobs += [make_job(key, seed, few) for key in WIDE for seed in seeds[:5]]
+    runs = [run for run, _ in run_all(jobs)]
+    runs.sort(key=lambda run: [*VARIANTS, "2 x the heads"].index(run["variant"]))
+    print("\n".join(rates(runs)))
+    draw_sweep([run for run in runs if run["variant"] == "default"], arguments.out)
+    return runs
+
+
 def experiment_ablations(arguments):
     seeds, variants = range(10), ABLATIONS
     if arguments.quick:
         quick = ("default", "copies with noise")
         seeds, variants = range(1), {name: ABLATIONS[name] for name in quick}
-    jobs = [
-        make_job("3H4T", seed, variant, changes, arguments.quick)
-        for variant, changes in variants.items()
-        for seed in seeds
-    ]
+    jobs = [make_job("3H4T", seed, variants, arguments.quick) for seed in seeds]
     runs = [run for run, _ in run_all(jobs)]
-    tell_rates(runs)
+    runs.sort(key=lambda run: list(variants).index(run["variant"]))
+    print("\n".join(rates(runs)))
     draw_ablations(runs, arguments.out)
     return runs
 
 
 def count_holders(run):
-    """Of a run's trigrams: how many are held by one head, by several in turn, and distributed."""
-    singles = [sum(len(heads) == 1 for heads in held) for held in run["holders_gated"]]
-    distributed = map(is_distributed, run["accuracy_gated"], run["holders_gated"])
-    return singles.count(1), sum(n > 1 for n in singles), sum(distributed)
+    """How many of a run's trigrams one head holds, several in turn, all distributed, and wrong."""
+    counts = [0, 0, 0, 0]
+    for accuracy, held in zip(run["accuracy_gated"], run["holders_gated"]):
+        singles = sum(len(heads) == 1 for heads in held)
+        counts[3 if accuracy <= 0.99 else 2 if singles == 0 else min(singles - 1, 1)] += 1
+    return counts
 
 
 def grouped(runs):
@@ -682,22 +726,23 @@ def grouped(runs):
     return groups
 
 
-def tell_rates(runs):
-    head = ("variant", "setting", "apart", "success", "one head", "in turn", "distributed", "wrong")
-    row = "{:<24}{:<8}{:>7}{:>9}{:>10}{:>9}{:>13}{:>7}{:>9}{:>7}"
-    print("\n" + row.format(*head, "FVU", "toys"))
+def table(head, rows):
+    """Markdown, as the README has it: `head` and the rows hold their cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+
+
+def rates(runs):
+    """A table of all runs by variant and setting: how many are right, and what becomes of what."""
+    rows = []
     for (variant, key), group in grouped(runs).items():
-        one, several, distributed = np.sum([count_holders(run) for run in group], axis=0)
-        wrong = sum(accuracy <= 0.99 for run in group for accuracy in run["accuracy_gated"])
-        fvu = np.median([run["fvu"] for run in group])
-        first_draws = sum(run["redraws"] == 0 and is_superposition(run) for run in group)
+        first = sum(run["redraws"] == 0 and is_superposition(run) for run in group)
         apart, success = (sum(map(test, group)) for test in (is_taken_apart, is_success))
-        counts = (apart, success, one, several, distributed, wrong, f"{fvu:.4f}", first_draws)
-        print(row.format(variant, key, *map(str, counts)))
-    print(f"apart: runs with each trigram right and held by one head of its own, of {len(group)}")
-    print("success: those that leave at most 1% of the variance unexplained; FVU: the median")
-    print("one head to wrong: what became of the trigrams of these runs")
-    print("toys: first draws that were right on every trigram and in superposition")
+        fvu = f"{np.median([run['fvu'] for run in group]):.4f}"
+        holding = np.sum([count_holders(run) for run in group], axis=0)
+        rows.append([variant, key, len(group), first, apart, success, fvu, *holding])
+    head = "recipe", "setting", "runs", "good toys", "taken apart", "success", "unexplained"
+    return table([*head, "one head", "in turn", "distributed", "wrong"], rows)
 
 
 def experiment_benchmark(arguments):
@@ -886,10 +931,8 @@ def draw_ablations(runs, out):
 
     def paint(figure, axes):
         ax, left = axes[0][0], np.zeros(len(groups))
-        counts = np.array([np.sum([count_holders(r) for r in g], axis=0) for g in groups.values()])
-        total = np.array([sum(run["n_trigrams"] for run in group) for group in groups.values()])
-        wrong = total - counts.sum(axis=1)
-        parts = [*counts.T, wrong]
+        parts = np.transpose([np.sum([*map(count_holders, g)], axis=0) for g in groups.values()])
+        total = parts.sum(axis=0)
         labels = ("held by one head", "by several in turn", "distributed", "wrong")
         for part, label, colour in zip(parts, labels, (BLUE, GREEN, ORANGE, GREY)):
             ax.barh(range(len(groups)), part / total, left=left, color=colour, label=label)
