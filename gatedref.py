@@ -125,7 +125,11 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
     Source: the post; `value_scale` is this reference's own.
     """
     _checked_options(activation, value_scale)
-    params, x = _checked_block(params, x, GATED_BLOCK)
+    return _attend_gated(*_checked_block(params, x, GATED_BLOCK), activation, value_scale)
+
+
+def _attend_gated(params, x, activation, value_scale):
+    """The formulas of `gated_attention`."""
     block = {**{name: params[name] for name in BLOCK}, **normalised(params, value_scale)}
     gate_q, gate_k = (
         np.tensordot(x, params["W_gate_" + n], ([2], [1])) + params["b_gate_" + n] for n in "QK"
@@ -198,12 +202,15 @@ def lp_penalty(gate, p=0.6, *, causal=False):
     ValueError: a wrong type, shape or entry; a p that is not as above. TypeError: such a causal.
     Source: the post.
     """
-    _number("p", p, "a finite number > 0", lambda p: p > 0)
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal must be True or False, got {causal!r}")
+    _checked_penalty(p, causal)
     gate = _checked({"gate": gate}, {"gate": "BHTT"})["gate"]
     if (getval(gate) < 0).any():
         raise ValueError(f"gate must be >= 0, got {getval(gate).min()}")
+    return _penalty(gate, p, causal)
+
+
+def _penalty(gate, p, causal):
+    """The formula of `lp_penalty`."""
     norm = lp_norm(gate, p)  # [B, query, key]
     if not causal:
         return np.mean(norm)
@@ -234,21 +241,27 @@ def loss(params, x, target, alpha, *, activation="clamp", value_scale=None, p=0.
     ValueError: as those two functions, and a target or an alpha that is not as above.
     Source: the post.
     """
-    _number("alpha", alpha, "a finite number >= 0", lambda a: a >= 0)
-    block = gated_attention(params, x, activation=activation, value_scale=value_scale)
-    both = {"x": block["attn_out"], "target": target}  # attn_out is shaped like x
-    error = block["attn_out"] - _checked(both, {"x": "BTD", "target": "BTD"})["target"]
-    mse, penalty = np.mean(error * error), lp_penalty(block["gate"], p, causal=causal)
+    return _loss(*_checked_loss(params, x, target, alpha, activation, value_scale, p, causal))
+
+
+def _loss(params, x, target, alpha, activation, value_scale, p, causal):
+    """The formulas of `loss`."""
+    block = _attend_gated(params, x, activation, value_scale)
+    error = block["attn_out"] - target
+    mse, penalty = np.mean(error * error), _penalty(block["gate"], p, causal)
     return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}
 
 
-def loss_and_grad(params, x, target, alpha, **options):
+def loss_and_grad(
+    params, x, target, alpha, *, activation="clamp", value_scale=None, p=0.6, causal=False
+):
     """The dict of `loss`, and the gradient: d loss / d parameter, a dict with the keys, shapes and
     types of `params`. Arguments, options and errors are those of `loss`."""
-    params, x = _checked_block(params, x, GATED_BLOCK)
+    checked = _checked_loss(params, x, target, alpha, activation, value_scale, p, causal)
+    params, *others = checked
 
     def objective(params):
-        scalars = loss(params, x, target, alpha, **options)
+        scalars = _loss(params, *others)
         return scalars["loss"], scalars
 
     gradient, scalars = grad_and_aux(objective)(params)
@@ -643,6 +656,23 @@ def _checked_block(params, x, axes):
     """A block's parameters and its input, checked together."""
     arrays = _checked({**_named(params, axes), "x": x}, {**axes, "x": "BTD"})
     return {name: arrays[name] for name in axes}, arrays["x"]
+
+
+def _checked_loss(params, x, target, alpha, activation, value_scale, p, causal):
+    """The arguments of `loss` in their order, the arrays among them checked together."""
+    _checked_options(activation, value_scale)
+    _checked_penalty(p, causal)
+    _number("alpha", alpha, "a finite number >= 0", lambda a: a >= 0)
+    arrays = {**_named(params, GATED_BLOCK), "x": x, "target": target}
+    arrays = _checked(arrays, {**GATED_BLOCK, "x": "BTD", "target": "BTD"})
+    params = {name: arrays[name] for name in GATED_BLOCK}
+    return params, arrays["x"], arrays["target"], alpha, activation, value_scale, p, causal
+
+
+def _checked_penalty(p, causal):
+    _number("p", p, "a finite number > 0", lambda p: p > 0)
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
 
 
 def _named(params, axes):
