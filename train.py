@@ -345,12 +345,52 @@ def alpha_at(recipe, progress):
     return first * (last / first) ** min(1, (progress - free) / (fallen - free))
 
 
+def learn(params, evaluate, variance, steps, rate, size, alpha, reopen=False, note=None):
+    """Trains N gated blocks at once. evaluate(params, size, alpha, reopen) -> a dict of `mse`,
+    `penalty` and `loss` [N] on a batch of that size, and gradients. alpha: of the progress.
+    Returns the parameters, and the curves [step, (error, penalty, alpha), N]."""
+    curves = []
+
+    def gradient(params, step):
+        now = alpha(step / steps)
+        scalars, grads = evaluate(params, size, now * variance, reopen)
+        curves.append([scalars["mse"] / variance, scalars["penalty"], 0 * scalars["mse"] + now])
+        _watch(note, step, steps, {**scalars, "alpha": now})
+        return grads
+
+    return descend(gradient, params, steps, rate), np.array(curves)
+
+
+def take_apart(starts, evaluate, variance, recipe, note=None):
+    """Of all starts the gated block with the lowest loss at the end of the search, finished; and
+    its curves."""
+    search = recipe["steps"], recipe["rate"], 40, lambda u: alpha_at(recipe, u), recipe["reopen"]
+    params, curves = learn(stacked(starts), evaluate, variance, *search, note)
+    scalars, _ = evaluate(params, 1000, 0.0, False)
+    best = np.argmin(scalars["mse"] + recipe["alpha"][1] * variance * scalars["penalty"])
+    params = {name: array[best : best + 1] for name, array in params.items()}
+    curves = curves[:, :, best]
+    if recipe["finish_steps"]:
+        finish = recipe["finish_steps"], recipe["finish_rate"], 100
+        end = lambda u: recipe["finish_alpha"]
+        params, more = learn(params, evaluate, variance, *finish, end, note=note)
+        curves = np.concatenate([curves, more[:, :, 0]])
+    return {name: array[0] for name, array in params.items()}, curves
+
+
+def variance_of(target, weight):
+    """The mean square of what the target, [..., D], has beside its weighted mean."""
+    weight = weight[..., None]
+    axes = tuple(range(target.ndim - 1))
+    deviation = target - (weight * target).sum(axis=axes)
+    return (weight * deviation**2).sum() / target.shape[-1]
+
+
 def train_gated(toy, n_trigrams, seed, recipe, note=None):
-    """A gated block that reproduces a toy block: of all starts the one with the lowest loss at the
-    end of the search, finished.
+    """A gated block that reproduces a toy block.
 
     Returns its parameters, the options of `gatedref.gated_attention` that it was trained with, the
-    last alpha (absolute), and the training curves of that start [step, (error, penalty, alpha)].
+    last alpha (absolute), and its training curves [step, (error, penalty, alpha)].
     """
     n_tokens = 2 * n_trigrams + 2
     contexts = sample_contexts(n_trigrams, 5000, stream(seed, 4), recipe["causal"])
@@ -362,47 +402,23 @@ def train_gated(toy, n_trigrams, seed, recipe, note=None):
         target, _ = fast_attention(teacher, batch["counts"])
         return batch, target.reshape(n_tokens, size, n_tokens)
 
+    def evaluate(params, size, alpha, reopen):
+        inputs = params, *batch_and_target(size), alpha
+        return fast_loss_and_grad(*inputs, **options, p=recipe["p"], reopen=reopen)
+
     batch, target = batch_and_target(500)
-    weight = batch["weight"][..., None]
-    variance = (weight * (target - (weight * target).sum(axis=(0, 1))) ** 2).sum() / n_tokens
+    variance = variance_of(target, batch["weight"])
     scale = recipe["value_scale"] and float(recipe["value_scale"] * abs(target).max())
     options = {"activation": recipe["activation"], "value_scale": scale}
-    fixed = {**options, "p": recipe["p"]}
-
-    n_heads = recipe["heads"] * len(toy["W_Q"])
-    sizes = (n_heads, n_tokens, recipe["d_head"])
+    sizes = (recipe["heads"] * len(toy["W_Q"]), n_tokens, recipe["d_head"])
     starts = [
         gatedref.init_params(*sizes, stream(seed, 6, i), recipe["d_gate"])
         for i in range(recipe["starts"])
     ]
     if recipe["copies"] is not None:
         starts = [_copies(toy, start, recipe["copies"], rng) for start in starts]
-
-    def learn(params, steps, rate, size, alpha, reopen):
-        curves = []
-
-        def gradient(params, step):
-            now = alpha(step / steps)
-            inputs = params, *batch_and_target(size), now * variance
-            scalars, grads = fast_loss_and_grad(*inputs, reopen=reopen, **fixed)
-            curves.append([scalars["mse"] / variance, scalars["penalty"], 0 * scalars["mse"] + now])
-            _watch(note, step, steps, {**scalars, "alpha": now})
-            return grads
-
-        return descend(gradient, params, steps, rate), curves
-
-    search = recipe["steps"], recipe["rate"], 40, lambda u: alpha_at(recipe, u), recipe["reopen"]
-    params, curves = learn(stacked(starts), *search)
-    scalars, _ = fast_loss_and_grad(params, *batch_and_target(1000), 0.0, **fixed)
-    best = np.argmin(scalars["mse"] + recipe["alpha"][1] * variance * scalars["penalty"])
-    params = {name: array[best : best + 1] for name, array in params.items()}
-    curves = [np.array(curves)[:, :, best]]
-    if recipe["finish_steps"]:
-        finish = recipe["finish_steps"], recipe["finish_rate"], 100
-        params, more = learn(params, *finish, lambda u: recipe["finish_alpha"], False)
-        curves.append(np.array(more)[:, :, 0])
-    params = {name: array[0] for name, array in params.items()}
-    return params, options, recipe["finish_alpha"] * variance, np.concatenate(curves)
+    params, curves = take_apart(starts, evaluate, variance, recipe, note)
+    return params, options, float(curves[-1, 2] * variance), curves
 
 
 def _copies(toy, start, noise, rng):
@@ -524,7 +540,7 @@ def run_setting(job, note=None):
             "n_heads": n_heads,
             "n_trigrams": n_trigrams,
             "n_gated_heads": len(gated["W_Q"]),
-            "alpha": float(alpha),
+            "alpha": alpha,
             "steps": recipe["steps"] + recipe["finish_steps"],
             "starts": recipe["starts"],
             "accuracy_toy": accuracy,
