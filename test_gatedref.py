@@ -2057,7 +2057,8 @@ def test_the_blocks_on_disk_give_the_figures_in_the_results(quick):
         scale, n = float(gated.pop("value_scale")), run["n_trigrams"]
         for block, which, number in ((toy, "toy", 7), (gated, "gated", 9)):
             seed = train.stream(run["seed"], number)
-            accuracy, holding, _ = train.measure(block, n, seed, 2000, value_scale=scale)
+            run = functools.partial(train.forward, [block], value_scale=scale)
+            accuracy, holding, _ = train.measure(run, n, seed, 2000)
             assert (accuracy, holding) == (run[f"accuracy_{which}"], run[f"holders_{which}"])
         tokens, _ = gatedref.sample_skip_trigrams(n, 1000, seed=train.stream(run["seed"], 10))
         target = gatedref.transformer([toy], tokens)["blocks"][0]["attn_out"]

@@ -24,6 +24,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -373,7 +374,7 @@ def take_apart(starts, evaluate, variance, recipe, note=None):
     if recipe["finish_steps"]:
         finish = recipe["finish_steps"], recipe["finish_rate"], 100
         end = lambda u: recipe["finish_alpha"]
-        params, more = learn(params, evaluate, variance, *finish, end, note=note)
+        params, more = learn(params, evaluate, variance, *finish, end)
         curves = np.concatenate([curves, more[:, :, 0]])
     return {name: array[0] for name, array in params.items()}, curves
 
@@ -445,21 +446,26 @@ def _watch(note, step, steps, scalars):
 # What a model does, measured with the reference itself
 
 
-def measure(block, n_trigrams, seed, n_sequences, **options):
-    """Of a one-block model, for each trigram: accuracy, the holding sets, and each head's mean
-    output on the answer [H, n]. On sequences with just one completed trigram; where its B is last
-    that counts for holding alone. Holding is judged on 1,000 sequences a trigram, if there are; for
-    16 heads, which form 65,536 sets, on 256."""
+def forward(layers, tokens, **options):
+    """A model's logits, and each head's output [B, T, H, V], those of all layers together."""
+    model = gatedref.transformer(layers, tokens, **options)
+    return model["logits"], np.concatenate([b["result"] for b in model["blocks"]], axis=2)
+
+
+def measure(run, n_trigrams, seed, n_sequences):
+    """Of a model, for each trigram: accuracy, the holding sets, and each head's mean output on the
+    answer [H, n]. run(tokens) -> what `forward` returns. On sequences with just one completed
+    trigram; where its B is last that counts for holding alone. Holding is judged on 1,000
+    sequences a trigram, if there are; for 16 heads, which form 65,536 sets, on 256."""
     tokens, completes = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
     tokens, completes = (a[completes.sum(axis=1) == 1] for a in (tokens, completes))
     sequence, position = np.nonzero(completes)
     answers = tokens[sequence, position] + n_trigrams
     logits, result = [], []
     for part in np.array_split(np.arange(len(tokens)), math.ceil(len(tokens) / 500)):
-        model = gatedref.transformer([block], tokens[part], **options)
         here = np.arange(len(part)), position[part]
-        logits.append(model["logits"][here])
-        result.append(model["blocks"][0]["result"][here])
+        for found, array in zip((logits, result), run(tokens[part])):
+            found.append(array[here])
     right = np.concatenate(logits).argmax(axis=-1) == answers
     result = np.concatenate(result)
     accuracy, holding, outputs = [], [], []
@@ -512,24 +518,32 @@ def is_success(run):
 def run_setting(job, note=None):
     """A toy model, and a gated block for each variant of the recipe. Returns for each the run, as
     results.json tells it, and the rest."""
+
+    def part(number):  # of the whole job, for the progress line
+        parts = 1 + len(job["variants"])
+        return note and (lambda told: note({**told, "done": (number + told["done"]) / parts}))
+
     began = time.perf_counter()
     n_heads, n_trigrams, seed = job["n_heads"], job["n_trigrams"], job["seed"]
     n_sequences = 2000 if job["quick"] else 20000
     toy_recipe = {**TOY, **(QUICK_TOY if job["quick"] else {})}
     for redraws in range(1 if job["quick"] else 10):
         toy_seed = stream(seed, n_heads, n_trigrams, redraws)
-        toy = train_toy(n_heads, n_trigrams, toy_seed, **toy_recipe, note=note)
-        accuracy, holding, toy_outputs = measure(toy, n_trigrams, stream(seed, 7), n_sequences)
+        toy = train_toy(n_heads, n_trigrams, toy_seed, **toy_recipe, note=part(0))
+        inputs = partial(forward, [toy]), n_trigrams, stream(seed, 7), n_sequences
+        accuracy, holding, toy_outputs = measure(*inputs)
         if is_superposition({"accuracy_toy": accuracy, "holders_toy": holding}):
             break
     toy_seconds = time.perf_counter() - began
     results = []
-    for variant, changes in job["variants"].items():
+    for number, (variant, changes) in enumerate(job["variants"].items(), 1):
         began = time.perf_counter()
         recipe = {**RECIPE, **(QUICK if job["quick"] else {}), **changes}
         gated_seed = stream(seed, n_heads, n_trigrams, 8)
-        gated, options, alpha, curves = train_gated(toy, n_trigrams, gated_seed, recipe, note)
-        after = measure(gated, n_trigrams, stream(seed, 9), n_sequences, **options)
+        inputs = toy, n_trigrams, gated_seed, recipe, part(number)
+        gated, options, alpha, curves = train_gated(*inputs)
+        run = partial(forward, [gated], **options)
+        after = measure(run, n_trigrams, stream(seed, 9), n_sequences)
         fresh = stream(seed, 10), n_sequences // 2
         fvu, penalty = unexplained(toy, gated, n_trigrams, *fresh, **options)
         run = {
@@ -566,7 +580,8 @@ def run_setting(job, note=None):
 def make_job(key, seed, variants=None, quick=False):
     n_heads, n_trigrams = (SETTINGS | WIDE)[key]
     sizes = {"key": key, "n_heads": n_heads, "n_trigrams": n_trigrams}
-    return {**sizes, "seed": seed, "variants": variants or {"default": {}}, "quick": quick}
+    what = {"run": run_setting, "variants": variants or {"default": {}}}
+    return {**sizes, **what, "seed": seed, "quick": quick}
 
 
 def experiment_main(arguments):
@@ -629,9 +644,9 @@ def _listen(notes):
 def _run_job(number, job):
     note = lambda told: _run_job.notes.put((number, told))
     try:
-        return run_setting(job, note)
+        return job["run"](job, note)
     except FloatingPointError as diverged:
-        settings = {name: job[name] for name in ("key", "seed", "variants")}
+        settings = {name: job[name] for name in ("key", "seed", "variants") if name in job}
         raise FloatingPointError(f"{diverged}, with {settings}") from None
 
 
