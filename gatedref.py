@@ -22,7 +22,8 @@ Arrays may be float64, float32 or integers, which are taken as floats, and lists
 have the type of what came in; where float types are mixed, each operation takes the wider, as NumPy
 does, and a gradient has the type of its parameter. Anything else, a wrong name or shape, NaN or
 infinity raises a ValueError that names the argument (a TypeError where its Python type is wrong):
-broadcasting never turns a wrong shape into a number.
+broadcasting never turns a wrong shape into a number. What overflows on the way is not caught: it
+gives infinity or NaN, with NumPy's warning.
 
 Source: Mathwin, Akar and Sharkey, "Gated Attention Blocks: Preliminary Progress toward Removing
 Attention Head Superposition" (April 2024), called "the post" below, and the code published with it.
@@ -107,7 +108,7 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
         z              = gated_pattern v, then `result` and `attn_out` as in `attention`
 
     First, each column of `W_V` [D] and each row of `W_O` [D] is divided by its L2 norm, so that a
-    head cannot write more by growing while its gate, which is charged for, shrinks. A norm below
+    head cannot write more by growing while its gate, which is charged for, shrinks. A norm of at most
     1e-12 counts as the constant 1e-12, in the derivative too. In the published block `b_V` is left
     as it is, and a head can grow that instead. `value_scale` closes the hole: a number > 0, by
     which `W_V` and `b_V` are multiplied once each column of the two together (`b_V` as one more
@@ -198,7 +199,8 @@ def lp_penalty(gate, p=0.6, *, causal=False):
     all T x T pairs, as published (the gate has no mask); True for that over key <= query alone.
     Returns a scalar; for gates in [0, 1], from 0 to H^(1/p). The derivative counts as 0 at gate 0,
     where for p < 1 it has no finite value, and where all gates of a pair are 0.
-    Good to 13 digits at p = 0.6, down to the smallest gates that a float holds.
+    Good to 13 digits at p = 0.6, down to the smallest gates that a float holds; for p from 0.1 to
+    10, where gates that are not 0 lie between 1e-30 and 1e30.
     ValueError: a wrong type, shape or entry; a p that is not as above. TypeError: such a causal.
     Source: the post.
     """
@@ -327,7 +329,12 @@ def transformer(layers, tokens, *, activation="clamp", value_scale=None):
     _checked_options(activation, value_scale)
     gated = [any(name in layer for name in GATE) for layer in layers]
     axes = [GATED_BLOCK if is_gated else BLOCK for is_gated in gated]
-    checked = [_checked(_named(layer, a), a) for layer, a in zip(layers, axes)]
+    checked = []
+    for number, (layer, names) in enumerate(zip(layers, axes)):
+        try:
+            checked.append(_checked(_named(layer, names), names))
+        except ValueError as wrong:
+            raise ValueError(f"layers[{number}]: {wrong}") from None
     d_models = [layer["W_Q"].shape[1] for layer in checked]
     if len(set(d_models)) > 1:
         raise ValueError(f"layers must share one d_model, got {d_models}")
@@ -718,6 +725,8 @@ def _number(name, value, wanted, valid, kinds="iuf"):
 
 
 def _whole(name, value, least):
+    if type(value) is int and value >= least:  # of any size: seeds may be longer than NumPy's own
+        return value
     return int(_number(name, value, f"a whole number >= {least}", lambda n: n >= least, "iu"))
 
 

@@ -574,6 +574,31 @@ def test_the_penalty_of_the_smallest_gates_has_13_digits(gates):
     np.testing.assert_allclose(gradient, [float(s) for s in slopes], rtol=1e-13)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.6, 3, 10])
+def test_the_penalty_has_13_digits_for_p_from_a_tenth_to_10(p):
+    gates = [1e-30, 3e-30, 1e-3, 0.5, 1e30]
+    for start in range(5):
+        few = gates[: start + 1]
+        with localcontext() as context:
+            context.prec = 60
+            exponent = Decimal.from_float(p)
+            penalty = sum(Decimal(g) ** exponent for g in few) ** (1 / exponent)
+        assert gatedref.lp_penalty(np.reshape(few, (1, -1, 1, 1)), p) == pytest.approx(
+            float(penalty), rel=1e-13
+        )
+
+
+def test_a_seed_of_any_size_will_do():
+    large, small = (gatedref.init_params(1, 2, 1, seed=seed) for seed in (2**70, 0))
+    assert (large["W_Q"] != small["W_Q"]).all()
+
+
+def test_a_wrong_layer_is_named_by_its_number():
+    good = gatedref.handmade_superposition(2)
+    with pytest.raises(ValueError, match=r"^layers\[1\]: W_K has 2 along H, where W_Q has 1"):
+        gatedref.transformer([good, {**good, "W_Q": good["W_Q"][:1]}], [[0]])
+
+
 def test_one_position_of_one_head_attends_to_itself_alone():
     out = gatedref.gated_attention(one_head(0.25), [[[3, 4]]])
     assert out["pattern"].item() == 1 and out["attn_out"].tolist() == [[[0.75, 0]]]
@@ -2057,8 +2082,8 @@ def test_the_blocks_on_disk_give_the_figures_in_the_results(quick):
         scale, n = float(gated.pop("value_scale")), run["n_trigrams"]
         for block, which, number in ((toy, "toy", 7), (gated, "gated", 9)):
             seed = train.stream(run["seed"], number)
-            run = functools.partial(train.forward, [block], value_scale=scale)
-            accuracy, holding, _ = train.measure(run, n, seed, 2000)
+            model = functools.partial(train.forward, [block], value_scale=scale)
+            accuracy, holding, _ = train.measure(model, n, seed, 2000)
             assert (accuracy, holding) == (run[f"accuracy_{which}"], run[f"holders_{which}"])
         tokens, _ = gatedref.sample_skip_trigrams(n, 1000, seed=train.stream(run["seed"], 10))
         target = gatedref.transformer([toy], tokens)["blocks"][0]["attn_out"]
