@@ -108,9 +108,9 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
         z              = gated_pattern v, then `result` and `attn_out` as in `attention`
 
     First, each column of `W_V` [D] and each row of `W_O` [D] is divided by its L2 norm, so that a
-    head cannot write more by growing while its gate, which is charged for, shrinks. A norm of at most
-    1e-12 counts as the constant 1e-12, in the derivative too. In the published block `b_V` is left
-    as it is, and a head can grow that instead. `value_scale` closes the hole: a number > 0, by
+    head cannot write more by growing while its gate, which is charged for, shrinks. A norm of 1e-12
+    or less counts as the constant 1e-12, in the derivative too. In the published block `b_V` is
+    left as it is, and a head can grow that instead. `value_scale` closes the hole: a number > 0, by
     which `W_V` and `b_V` are multiplied once each column of the two together (`b_V` as one more
     row) has norm 1.
 
