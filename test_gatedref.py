@@ -1921,8 +1921,8 @@ def toy_and_tokens(n_trigrams=3, n_sequences=60, seed=1):
 
 def test_rows_and_pairs_count_what_the_sequences_hold():
     _, tokens, n_tokens = toy_and_tokens(n_sequences=7)
-    for causal in (False, True):
-        table = train.tabulate(tokens, n_tokens, causal)
+    for causal, options in ((False, {}), (True, {"causal": True})):
+        table = train.tabulate(tokens, n_tokens, **options)
         rows, pairs = Counter(), Counter()
         for sequence in tokens.tolist():
             for q, query in enumerate(sequence):
@@ -1979,6 +1979,42 @@ def test_the_fast_form_equals_the_plain_one(options, largest_score):
         for name, gradient in plain_grads.items():
             error = (grads[name][i] - gradient) * (gain if name == "W_V" else 1)
             assert abs(error).max() <= 1e-10 * largest, name
+
+
+@pytest.mark.parametrize(
+    "lowest, highest", [(-700, 700), (900, 901), (-901, -900), (0, 599), (0, 601)]
+)
+def test_the_fast_form_serves_scores_of_any_size_and_spread(lowest, highest):
+    _, tokens, n_tokens = toy_and_tokens()
+    block = gatedref.init_params(1, n_tokens, 1, 0)
+    block["W_Q"], block["b_Q"] = 0 * block["W_Q"], 0 * block["b_Q"] + 1
+    block["W_K"][0, :, 0], block["b_K"] = np.linspace(highest, lowest, n_tokens), 0 * block["b_K"]
+    rows = train.tabulate(tokens, n_tokens)
+    assert rows["weight"].sum() == pytest.approx(1, rel=1e-14)
+    out = train.fast_attention(train.stacked([block]), rows["counts"])[0][0]
+    plain = gatedref.attention(block, np.eye(n_tokens)[tokens])["attn_out"].reshape(-1, n_tokens)
+    seen = train._rows(tokens, n_tokens).reshape(-1, n_tokens)
+    for query, row, expected in zip(tokens.ravel(), seen, plain):
+        place = (rows["counts"][query] == row).all(axis=1).argmax()
+        found = out.reshape(n_tokens, -1, n_tokens)[query, place]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", list(gatedref.ACTIVATIONS))
+def test_the_fast_form_has_the_derivatives_of_gates_at_exactly_0_and_1(activation):
+    toy, tokens, n_tokens = toy_and_tokens()
+    params = gatedref.init_params(4, n_tokens, 1, 0, d_gate=1)
+    params["W_gate_Q"], params["W_gate_K"] = 0 * params["W_gate_Q"], 0 * params["W_gate_K"]
+    params["b_gate_Q"] += 1
+    params["b_gate_K"][:, 0] = 0, 0.5, 1, 1.5  # the gate scores of the four heads
+    rows, x = train.tabulate(tokens, n_tokens), np.eye(n_tokens)[tokens]
+    target, _ = train.fast_attention(train.stacked([toy]), rows["counts"])
+    inputs = train.stacked([params]), rows, target.reshape(rows["counts"].shape), 0.3
+    _, grads = train.fast_loss_and_grad(*inputs, activation=activation)
+    target = gatedref.attention(toy, x)["attn_out"]
+    _, plain = gatedref.loss_and_grad(params, x, target, 0.3, activation=activation)
+    for name in gatedref.GATE:
+        np.testing.assert_allclose(grads[name][0], plain[name], rtol=1e-10, atol=1e-14)
 
 
 def test_a_stuck_gate_gets_a_gradient_back_inside_only_with_reopen():
