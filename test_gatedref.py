@@ -2013,8 +2013,11 @@ def test_the_fast_form_has_the_derivatives_of_gates_at_exactly_0_and_1(activatio
     _, grads = train.fast_loss_and_grad(*inputs, activation=activation)
     target = gatedref.attention(toy, x)["attn_out"]
     _, plain = gatedref.loss_and_grad(params, x, target, 0.3, activation=activation)
+    _, freed = train.fast_loss_and_grad(*inputs, activation=activation, reopen=True)
     for name in gatedref.GATE:
         np.testing.assert_allclose(grads[name][0], plain[name], rtol=1e-10, atol=1e-14)
+        # From 0 to 1 no gate is stuck.
+        np.testing.assert_array_equal(freed[name][0, :3], grads[name][0, :3])
 
 
 def test_a_stuck_gate_gets_a_gradient_back_inside_only_with_reopen():
@@ -2069,6 +2072,8 @@ def test_the_toy_learns_on_the_cross_entropy_of_the_next_token():
                     used += share
         return total / used
 
+    far = train.stacked([{**toy, "W_O": 1e5 * toy["W_O"]}])
+    assert np.isfinite(train.cross_entropy(far, batch)[0]).all()
     losses, grads = train.cross_entropy(train.stacked([toy]), batch)
     assert losses[0] == pytest.approx(plainly(toy), rel=1e-12)
     expected = grad(plainly)(toy)
