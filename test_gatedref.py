@@ -2246,3 +2246,9 @@ def test_the_readme_tells_what_the_results_hold():
     for experiment in ("sweep", "ablations"):
         for row in train.rates(results[experiment]):
             assert row in readme
+    ratios = [
+        row["ratio"]
+        for row in results["benchmark"]
+        if (row["n_sequences"], row["n_positions"]) == (1000, 11)
+    ]
+    assert f"{min(ratios):.0f} to {max(ratios):.0f} times as fast" in " ".join(readme.split())
