@@ -259,8 +259,8 @@ def loss_and_grad(
 ):
     """The dict of `loss`, and the gradient: d loss / d parameter, a dict with the keys, shapes and
     types of `params`. Arguments, options and errors are those of `loss`."""
-    checked = _checked_loss(params, x, target, alpha, activation, value_scale, p, causal)
-    params, *others = checked
+    given = params, x, target, alpha, activation, value_scale, p, causal
+    params, *others = _checked_loss(*given)
 
     def objective(params):
         scalars = _loss(params, *others)

@@ -542,8 +542,8 @@ def run_setting(job, note=None):
         gated_seed = stream(seed, n_heads, n_trigrams, 8)
         inputs = toy, n_trigrams, gated_seed, recipe, part(number)
         gated, options, alpha, curves = train_gated(*inputs)
-        run = partial(forward, [gated], **options)
-        after = measure(run, n_trigrams, stream(seed, 9), n_sequences)
+        model = partial(forward, [gated], **options)
+        after = measure(model, n_trigrams, stream(seed, 9), n_sequences)
         fresh = stream(seed, 10), n_sequences // 2
         fvu, penalty = unexplained(toy, gated, n_trigrams, *fresh, **options)
         run = {
@@ -691,11 +691,10 @@ def describe(run):
     )
 
 
-CONSTANT = {"alpha": (1.0, 1.0), "until": (0.0, 1.0), "finish_alpha": 1.0}
 VARIANTS = {
     "default": {},
     "published objective": {"value_scale": None},
-    "constant alpha": CONSTANT,
+    "constant alpha": {"alpha": (1.0, 1.0), "until": (0.0, 1.0), "finish_alpha": 1.0},
 }
 ABLATIONS = {
     **VARIANTS,
