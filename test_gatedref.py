@@ -2104,7 +2104,8 @@ def quick(tmp_path_factory):
 
 
 def test_a_quick_run_writes_every_file(quick):
-    pictures = ("before_after", "gates", "training", "penalty", "sweep", "ablations")
+    pictures = ["before_after", "gates", "training", "penalty", "sweep", "ablations"]
+    pictures += train.GROUPS["limits"]
     names = {"results.json", "blocks.npz", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in quick.iterdir()} == names
     results = json.loads((quick / "results.json").read_text())
@@ -2223,6 +2224,135 @@ def test_success_asks_for_all_of_accuracy_one_head_each_and_little_unexplained()
     assert not train.is_success({**run, "accuracy_gated": [1.0, 0.99]})
     for held in ([[[0]], [[0]]], [[[0]], [[1], [2]]], [[[0]], [[1, 2]]], [[[0]], []]):
         assert not train.is_success({**run, "holders_gated": held})
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: what the method cannot do
+
+
+@pytest.mark.parametrize("arrangement", [train.SHARED, train.DISJOINT])
+def test_three_heads_and_six_copy_to_the_last_digit(arrangement):
+    x, target = train.sample_copies(50, np.random.default_rng(0))
+    out = gatedref.gated_attention(train.copying_block(arrangement), x)["attn_out"]
+    np.testing.assert_allclose(out, target, rtol=0, atol=1e-15)
+
+
+def test_the_penalty_and_the_loss_do_not_see_that_heads_overlap():
+    x, target = train.sample_copies(50, np.random.default_rng(0))
+    shared, disjoint = (
+        gatedref.loss(train.copying_block(arrangement), x, target, 0.1)
+        for arrangement in (train.SHARED, train.DISJOINT)
+    )
+    for name in ("penalty", "loss"):
+        assert shared[name] > 0.01
+        assert abs(shared[name] - disjoint[name]) <= 1e-15
+
+
+def test_the_copying_task_asks_for_two_of_three_numbers():
+    x, target = train.sample_copies(200, np.random.default_rng(0))
+    tokens, payload = x[..., :6].argmax(axis=2), x[:, 1, 6:]
+    asked = {"BOS": [], "source": [], "N": [], "A": [0, 1], "B": [1, 2], "C": [0, 2]}
+    for t in range(4):
+        for name, numbers in asked.items():
+            mine = tokens[:, t] == train.COPYING[name]
+            assert mine.any() == (name in (["BOS"], ["source"], "ABCN", "ABCN")[t])
+            wanted = np.zeros((mine.sum(), 3))
+            wanted[:, numbers] = payload[mine][:, numbers] / (t + 1)
+            np.testing.assert_array_equal(target[mine, t, 6:], wanted)
+    assert (target[..., :6] == 0).all()
+
+
+def test_what_is_trained_to_copy_attends_uniformly_and_has_a_gate_that_does_not_see_the_payload():
+    params = gatedref.init_params(6, train.D_COPYING, 2, 0, d_gate=1)
+    params = {name: array + 0.1 for name, array in params.items()}
+    x, _ = train.sample_copies(20, np.random.default_rng(0))
+    shaped = train.for_copying(params)
+    block = gatedref.gated_attention(shaped, x)
+    uniform = np.tri(4) / np.arange(1, 5)[:, None]
+    np.testing.assert_allclose(block["pattern"] - uniform, 0, atol=1e-15)
+    other = gatedref.gated_attention(shaped, np.where(x == 1, 1, 2 * x))
+    np.testing.assert_array_equal(block["gate"], other["gate"])
+    for W in (shaped["W_V"], np.swapaxes(shaped["W_O"], 1, 2)):
+        np.testing.assert_allclose(np.swapaxes(W, 1, 2) @ W - np.eye(2), 0, atol=1e-14)
+
+
+def test_who_shares_and_who_serves_one_task():
+    one_each = {"gates": [[1, 0, 0.4], [0, 0.6, 0], [0, 0.5, 1]], "mse": 0.001}
+    assert train.is_one_a_task(one_each) and not train.is_shared(one_each)
+    assert not train.is_one_a_task({**one_each, "mse": 0.01})
+    shared = {"gates": [[1, 0, 0], [0.6, 0.6, 0], [0, 0.5, 1]], "mse": 0.001}
+    assert train.is_shared(shared) and not train.is_one_a_task(shared)
+    two = {"gates": [[1, 0, 0, 1], [0, 0.6, 0, 0], [0, 0, 1, 0]], "mse": 0.001}
+    assert not train.is_shared(two) and not train.is_one_a_task(two)
+
+
+def test_a_pair_of_signals_is_among_the_tokens_and_nothing_else_but_noise():
+    tokens, answers = train.sample_pairs(300, np.random.default_rng(0))
+    assert len(train.PAIRS) == len(set(answers)) == 10
+    for sequence, answer in zip(tokens, answers):
+        assert tuple(sorted(t for t in sequence if 1 <= t <= 4)) == train.PAIRS[answer]
+        assert sequence[-1] == 0 and (sequence[:-1] > 0).all()
+    first = np.argmax((tokens >= 1) & (tokens <= 4), axis=1)
+    assert set(first) == {0, 1, 2, 3}
+
+
+def test_on_a_mixed_pair_a_head_lies_between_what_it_does_on_the_two_pairs_of_equals():
+    """The query is always the read-off, so what a token adds to the head's weighted sum, and to the
+    sum of its weights, depends on the token alone."""
+    params = randoms(GATED, H=3, D=6, K=1, G=1, scale=1.0)
+    x = np.eye(6)[[[1, 1, 4, 5, 0], [2, 2, 4, 5, 0], [1, 2, 4, 5, 0]]]
+    first, second, mixed = gatedref.gated_attention(params, x)["z"][:, -1, :, 0]
+    assert ((mixed - first) * (mixed - second) <= 0).all()
+    assert (abs(first - second) > 1e-3).any()
+
+
+def test_the_plain_form_takes_each_start_by_itself():
+    toy, tokens, n_tokens = toy_and_tokens()
+    x, several = np.eye(n_tokens)[tokens], []
+    for seed in range(2):
+        several.append(gatedref.init_params(3, n_tokens, 2, seed, d_gate=1))
+    inputs = x, gatedref.attention(toy, x)["attn_out"]
+    evaluate = train.plainly(lambda p, *rest: gatedref.loss(p, *rest), lambda size: inputs)
+    scalars, grads = evaluate(train.stacked(several), 40, 0.1, False)
+    for i, params in enumerate(several):
+        wanted, expected = gatedref.loss_and_grad(params, *inputs, 0.1)
+        assert all(scalars[name][i] == wanted[name] for name in wanted)
+        for name in params:
+            np.testing.assert_array_equal(grads[name][i], expected[name])
+
+
+def test_reopening_is_the_clamp_with_a_gradient_that_points_back_inside():
+    scores = np.array([-1.0, 0.0, 0.5, 1.0, 2.0])
+    np.testing.assert_array_equal(train.reopening(scores), [0, 0, 0.5, 1, 1])
+    down, up = (grad(lambda s, sign=sign: sign * anp.sum(train.reopening(s))) for sign in (1, -1))
+    np.testing.assert_array_equal(down(scores), [0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(up(scores), [-1, -1, -1, -1, 0])
+
+
+def test_two_heads_written_down_are_right_on_fifty_trigrams_of_which_one_head_holds_two():
+    job = {"n_trigrams": 50, "seed": 0, "key": "2H50T", "steps": 1, "quick": False}
+    (row,) = train.run_premise(job)
+    assert min(row["accuracy"]) == 1
+    assert sum(map(train.has_single, row["holders"])) == 2
+    assert all(row["holders"])
+
+
+def test_what_spans_two_layers():
+    assert train.spans([[0, 1]], 1) and train.spans([[0, 3], [1, 2]], 2)
+    assert not train.spans([], 1)
+    assert not train.spans([[0, 1]], 2) and not train.spans([[0, 1], [0, 2]], 2)
+    across = {"accuracy": [1.0, 1.0], "spans": [False, True]}
+    assert train.is_across(across) and not train.is_resolved(across)
+    resolved = {"accuracy": [1.0, 1.0], "spans": [False, False]}
+    assert train.is_resolved(resolved) and not train.is_across(resolved)
+    wrong = {"accuracy": [1.0, 0.99], "spans": [False, True]}
+    assert not train.is_across(wrong) and not train.is_resolved({**wrong, "spans": [False] * 2})
+
+
+def test_the_loss_chooses_a_start_on_every_seed():
+    starts = ((0, 2, True), (0, 1, False), (1, 1, True), (1, 2, False), (2, 1, True))
+    rows = [{"seed": seed, "loss": loss, "good": good} for seed, loss, good in starts]
+    assert train.choices(rows, lambda row: row["good"]) == ("2 of 3", "1 of 2")
 
 
 # ------------------------------------------------------------------------------------------------

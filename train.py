@@ -2,6 +2,7 @@
 
     python train.py                    the three published settings: tables, pictures (a minute)
     python train.py sweep ablations    how often it works, and what it needs (long)
+    python train.py limits             what it cannot do (long)
     python train.py --help
 
 The toy is one attention block with fewer heads than there are skip trigrams, trained on next-token
@@ -27,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial, reduce
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 # For this process and its workers: one BLAS thread each, since several train at once (and other
 # thread counts may sum in other orders), and glibc keeps the memory it has instead of handing it
@@ -35,8 +37,12 @@ os.environ.update({f"{blas}_NUM_THREADS": "1" for blas in ("OPENBLAS", "OMP", "M
 os.environ.update({"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)})
 os.environ.update({"MALLOC_TOP_PAD_": str(2**26)})
 
+import autograd.numpy as anp
 import numpy as np
+from autograd import grad_and_aux
+from autograd.extend import defvjp, primitive
 from autograd.misc.optimizers import adam
+from autograd.tracer import getval
 
 import gatedref
 
@@ -231,8 +237,8 @@ RECIPE = {
     "alpha": (20.0, 3.0),
     "until": (0.14, 0.84),
     "reopen": True,
-    # The finish, with larger batches and a weak alpha, of the one start whose loss is lowest when its
-    # penalty counts `choose` times: at the search's last alpha, heads that share may cost less.
+    # The finish, with larger batches and a weak alpha, of the one start whose loss is lowest when
+    # its penalty counts `choose` times: at the search's last alpha heads that share may cost less.
     "choose": 8.0,
     "finish_steps": 1500,
     "finish_rate": 0.003,
@@ -986,6 +992,588 @@ def draw_ablations(runs, out):
 
 
 # ------------------------------------------------------------------------------------------------
+# What the method cannot do: three predictions of the discussion under the post, each with a toy of
+# its own, the method on it, and a variant of the method. In the plain form, start after start.
+
+LIMITS = {**RECIPE, "heads": 3, "d_head": 2, "starts": 4, "steps": 800, "finish_steps": 400}
+
+
+@primitive
+def reopening(scores):
+    """The clamp, with a gradient for stuck gates: see `fast_loss_and_grad`."""
+    return np.clip(scores, 0, 1)
+
+
+defvjp(
+    reopening,
+    lambda gate, s: lambda d: d * ((s >= 0) & (s <= 1) | (s < 0) & (d < 0) | (s > 1) & (d > 0)),
+)
+
+
+def plainly(objective, sample):
+    """`learn`'s evaluate, of objective(params, *sample(size), alpha) -> a dict with a `loss`. Where
+    gates are to reopen, `reopening` stands in for the clamp."""
+
+    def evaluate(params, size, alpha, reopen):
+        batch, results = sample(size), []
+        with mock.patch.dict(gatedref.ACTIVATIONS, {"clamp": reopening} if reopen else {}):
+            for i in range(len(next(iter(params.values())))):
+
+                def loss_and_scalars(one):
+                    scalars = objective(one, *batch, alpha)
+                    return scalars["loss"], scalars
+
+                one = {name: array[i] for name, array in params.items()}
+                grads, scalars = grad_and_aux(loss_and_scalars)(one)
+                results.append(({name: getval(value) for name, value in scalars.items()}, grads))
+        return tuple(stacked(parts) for parts in zip(*results))
+
+    return evaluate
+
+
+def plain_toy(start, loss, sample, steps, note=None):
+    """A toy's parameters, from a start: trained by loss(params, *sample(size))."""
+    evaluate = plainly(lambda params, *batch: {"loss": loss(params, *batch[:-1])}, sample)
+
+    def gradient(params, step):
+        scalars, grads = evaluate(params, 60, 0.0, False)
+        _watch(note, step, steps, scalars)
+        return grads
+
+    return {name: a[0] for name, a in descend(gradient, stacked([start]), steps, 0.03).items()}
+
+
+def surprise(logits, answers):
+    """The mean of -log p(answer). logits: [..., V]. answers: one-hot, [..., V]."""
+    logits = logits - getval(logits).max(axis=-1, keepdims=True)
+    normaliser = anp.log(anp.exp(logits).sum(axis=-1))
+    return (normaliser - (logits * answers).sum(axis=-1)).mean()
+
+
+def next_token_loss(layers, tokens):
+    logits = gatedref.transformer(layers, tokens)["logits"]
+    return surprise(logits[:, :-1], np.eye(logits.shape[2])[tokens[:, 1:]])
+
+
+# 1. Across layers.
+
+
+def joined_layers(layers):
+    return {f"{i}/{name}": array for i, layer in enumerate(layers) for name, array in layer.items()}
+
+
+def parted_layers(params):
+    return [{n[2:]: a for n, a in params.items() if n[0] == layer} for layer in "01"]
+
+
+def spans(holding, n_heads):
+    """Whether a trigram is held, and only by sets with heads of both layers of n_heads."""
+    return bool(holding) and all(min(heads) < n_heads <= max(heads) for heads in holding)
+
+
+def run_premise(job, note=None):
+    """The two heads written down for n trigrams, and two heads trained on them: what each holds."""
+    n, seed = job["n_trigrams"], job["seed"]
+    blocks = {"handmade": gatedref.handmade_superposition(n)} if seed == 0 else {}
+    if n <= 8:
+        blocks["trained"] = train_toy(2, n, stream(seed, n, 12), 1, job["steps"], 0.03, note)
+    tokens, _ = gatedref.sample_skip_trigrams(n, 2000, seed=stream(seed, 11))
+    rows = []
+    for part, block in blocks.items():
+        inputs = partial(forward, [block]), n, stream(seed, 13), 2000 if job["quick"] else 20000
+        row = {"part": part, "key": job["key"], "seed": seed}
+        row |= {"loss": next_token_loss([block], tokens)}
+        rows.append(row | dict(zip(("accuracy", "holders"), measure(*inputs))))
+    return rows
+
+
+def run_two_layers(job, note=None):
+    """A two-layer model. If it has two heads in all and spreads a trigram over them, gated blocks
+    for each layer by itself, and from the same starts for the sum of both layers' outputs."""
+    n_heads, n, seed, recipe = job["n_heads"], job["n_trigrams"], job["seed"], job["recipe"]
+    n_tokens = 2 * n + 2
+    pool, _ = gatedref.sample_skip_trigrams(n, 5000, seed=stream(seed, 14))
+    rng = np.random.default_rng(stream(seed, 15))
+    sample = lambda size: (pool[rng.integers(len(pool), size=size)],)
+    loss = lambda params, tokens: next_token_loss(parted_layers(params), tokens)
+    start = [gatedref.init_params(n_heads, n_tokens, 1, stream(seed, n, 16, i)) for i in range(2)]
+    toy = plain_toy(joined_layers(start), loss, sample, job["steps"], note)
+    layers = parted_layers(toy)
+
+    def told(part, run, width, **more):
+        n_sequences = 2000 if job["quick"] else 10000
+        accuracy, holding, _ = measure(run, n, stream(seed, 17), n_sequences)
+        row = {"part": part, "key": job["key"], "seed": seed, **more, "accuracy": accuracy}
+        return row | {"holders": holding, "spans": [spans(held, width) for held in holding]}
+
+    rows = [told("two layers", partial(forward, layers), n_heads)]
+    if n_heads > 1 or not (job["quick"] or is_across(rows[0])):
+        return rows
+
+    def inputs(tokens):
+        """What goes into each layer of the model, and what each puts out."""
+        x = np.eye(n_tokens)[tokens]
+        outs = [block["attn_out"] for block in gatedref.transformer(layers, tokens)["blocks"]]
+        return (x, x + outs[0]), outs
+
+    _, outs = inputs(pool)
+    scales = [float(recipe["value_scale"] * abs(out).max()) for out in outs]
+
+    def gated(blocks, xs):
+        trios = zip(blocks, xs, scales)
+        return [gatedref.gated_attention(b, x, value_scale=scale) for b, x, scale in trios]
+
+    def objective(params, xs, targets, alpha, together):
+        made = gated(parted_layers(params), xs)
+        errors = [block["attn_out"] - target for block, target in zip(made, targets)]
+        gates = [block["gate"] for block in made]
+        if together:
+            errors, gates = [sum(errors)], [anp.concatenate(gates, axis=1)]
+        mse = sum(anp.mean(error * error) for error in errors)
+        penalty = sum(gatedref.lp_penalty(gate) for gate in gates)
+        return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}
+
+    def run(blocks, tokens):
+        made = gated(blocks, inputs(tokens)[0])
+        logits = np.eye(n_tokens)[tokens] + sum(block["attn_out"] for block in made)
+        return logits, np.concatenate([block["result"] for block in made], axis=2)
+
+    sizes = recipe["heads"], n_tokens, recipe["d_head"]
+    starts = []
+    for i in range(recipe["starts"]):
+        seeds = [stream(seed, 18, i, layer) for layer in range(2)]
+        blocks = [gatedref.init_params(*sizes, s, recipe["d_gate"]) for s in seeds]
+        starts.append(joined_layers(blocks))
+    for part, together, free in (
+        ("each layer gated", False, recipe["until"][0]),
+        ("gated for the sum", True, recipe["until"][0]),
+        ("for the sum, alpha at once", True, 0.0),
+    ):
+        schedule = {**recipe, "until": (free, recipe["until"][1])}
+        search = recipe["steps"], recipe["rate"], 40, partial(alpha_at, schedule), True
+        batches = lambda size: inputs(*sample(size))
+        evaluate = plainly(partial(objective, together=together), batches)
+        target = [sum(outs)] if together else outs
+        variance = sum(array.var(axis=(0, 1)).mean() for array in target)
+        params, _ = learn(stacked(starts), evaluate, variance, *search, note=note)
+        scalars, _ = evaluate(params, 1000, recipe["alpha"][1] * variance, False)
+        for i in range(recipe["starts"]):
+            blocks = parted_layers({name: array[i] for name, array in params.items()})
+            more = {name: float(scalars[name][i] / variance) for name in ("loss", "mse")}
+            rows.append(told(part, partial(run, blocks), sizes[0], start=i, **more))
+    return rows
+
+
+def is_across(row):
+    """Whether all trigrams are right, and one at least needs both layers."""
+    return bool(min(row["accuracy"]) > 0.99 and any(row["spans"]))
+
+
+def is_resolved(row):
+    """Whether all trigrams are right, and none needs both layers."""
+    return bool(min(row["accuracy"]) > 0.99 and not any(row["spans"]))
+
+
+def experiment_layers(arguments):
+    """Prediction 1: what two layers compute together stays together."""
+    quick, recipe = arguments.quick, {**LIMITS, **(QUICK if arguments.quick else {})}
+    more = {"recipe": recipe, "quick": quick, "steps": 20 if quick else 3000}
+    jobs = [
+        {"run": run_two_layers, "key": f"{h}+{h}H{n}T", "n_heads": h, "n_trigrams": n, "seed": seed}
+        for h, n in ((2, 7), (1, 3))[quick:]
+        for seed in range(1 if quick else 16)
+    ]
+    jobs += [
+        {"run": run_premise, "key": f"2H{n}T", "n_trigrams": n, "seed": seed}
+        for n in ((3,) if quick else (3, 4, 5, 6, 7, 8, 10, 20, 30, 50))
+        for seed in range(10 if n <= 8 and not quick else 1)
+    ]
+    rows = run_all([job | more for job in jobs])
+    print("\n".join([*premise_table(rows), "", *layers_table(rows)]))
+    draw_layers(rows, arguments.out)
+    return rows
+
+
+def by_part(rows):
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["part"], row["key"]), []).append(row)
+    return groups
+
+
+def has_single(sets):
+    return any(len(heads) == 1 for heads in sets)
+
+
+def premise_table(rows):
+    """Of two heads, written down and trained: trigrams a model gets right, and the loss."""
+    cells = []
+    for (part, key), group in by_part(rows).items():
+        if part in ("handmade", "trained"):
+            right = [sum(a > 0.99 for a in row["accuracy"]) for row in group]
+            single = [sum(map(has_single, row["holders"])) for row in group]
+            loss = np.median([row["loss"] for row in group])
+            cells.append([part, key, len(group), f"{np.mean(right):.1f}", max(right)])
+            cells[-1] += [f"{np.mean(single):.1f}", f"{loss:.3f}"]
+    head = "two heads", "setting", "models", "right", "most right", "held by one head"
+    return table([*head, "cross-entropy"], cells)
+
+
+def layers_table(rows):
+    """Of two layers: models and gated blocks that are right, and that need both layers."""
+    cells = []
+    for (part, key), group in by_part(rows).items():
+        if part not in ("handmade", "trained"):
+            across, apart = sum(map(is_across, group)), sum(map(is_resolved, group))
+            single = sum(
+                is_resolved(row) and all(map(has_single, row["holders"])) for row in group
+            )
+            cells.append([part, key, len(group), across + apart, across, single, "", ""])
+            if "loss" in group[0]:
+                cells[-1][-2:] = choices(group, is_resolved)
+    head = "model", "setting", "starts", "all right", "across layers", "each held by one head"
+    return table([*head, "lowest loss is right, not across", "where starts differ"], cells)
+
+
+def choices(rows, wanted):
+    """On how many seeds the start with the lowest loss is a wanted one, of all seeds, and of those
+    with starts of both kinds."""
+    seeds = [[row for row in rows if row["seed"] == seed] for seed in {r["seed"] for r in rows}]
+    by_loss = [sorted(starts, key=lambda row: row["loss"]) for starts in seeds]
+    kinds = [[wanted(row) for row in starts] for starts in by_loss]
+    both = [kind for kind in kinds if any(kind) and not all(kind)]
+    return tuple(f"{sum(k[0] for k in some)} of {len(some)}" for some in (kinds, both))
+
+
+# 2. Necessary and overlapping: three queries ask for two of the three numbers of a payload.
+
+COPYING = {"BOS": 0, "A": 1, "B": 2, "C": 3, "N": 4, "source": 5}
+D_COPYING = len(COPYING) + 3
+SHARED = ((0, "AC"), (1, "AB"), (2, "BC"))  # of each head, what it copies, and for which queries
+DISJOINT = ((0, "A"), (1, "A"), (1, "B"), (2, "B"), (2, "C"), (0, "C"))
+
+
+def sample_copies(size, rng):
+    """x [size, 4, 9]: BOS, the source with its payload, two random queries of A, B, C and N; and
+    what uniform attention copies, [size, 4, 9]: for A the payload's numbers 1 and 2, for B 2 and
+    3, for C 3 and 1, each over the number of positions that the query sees."""
+    queries = rng.integers(COPYING["A"], COPYING["N"] + 1, size=(size, 2))
+    first = np.tile([COPYING["BOS"], COPYING["source"]], (size, 1))
+    tokens = np.concatenate([first, queries], axis=1)
+    x = np.eye(D_COPYING)[tokens]
+    x[:, 1, -3:] = payload = rng.normal(size=(size, 3))
+    asked = np.array([[0, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0]])
+    target = np.zeros_like(x)
+    target[..., -3:] = asked[tokens] * payload[:, None] / np.arange(1, 5)[:, None]
+    return x, target
+
+
+def copying_block(arrangement):
+    """A gated block that copies exactly, of heads with d_head 1: SHARED or DISJOINT."""
+    sizes = {"H": len(arrangement), "D": D_COPYING, "K": 1, "G": 1}
+    axes = gatedref.GATED_BLOCK.items()
+    params = {name: np.zeros([sizes[axis] for axis in letters]) for name, letters in axes}
+    for head, (number, queries) in enumerate(arrangement):
+        place = len(COPYING) + number
+        params["W_V"][head, place] = params["W_O"][head, :, place] = 1
+        params["W_gate_Q"][head, [COPYING[query] for query in queries]] = 1
+        params["W_gate_K"][head, COPYING["source"]] = 1
+    return params
+
+
+def orthonormal(W):
+    """The two columns of [H, D, 2], made orthonormal."""
+    first = W[..., :1] / anp.sqrt((W[..., :1] ** 2).sum(axis=1, keepdims=True))
+    second = W[..., 1:] - first * (first * W[..., 1:]).sum(axis=1, keepdims=True)
+    second = second / anp.sqrt((second**2).sum(axis=1, keepdims=True))
+    return anp.concatenate([first, second], axis=2)
+
+
+def for_copying(params):
+    """Uniform attention, a gate that does not see the payload, and wide heads whose columns cannot
+    add up to a greater gain."""
+    fixed = {name: 0 * params[name] for name in ("W_Q", "W_K", "b_Q", "b_K")}
+    blind = np.arange(D_COPYING)[:, None] < len(COPYING)
+    fixed |= {name: params[name] * blind for name in ("W_gate_Q", "W_gate_K")}
+    if params["W_V"].shape[2] == 2:
+        fixed["W_V"] = orthonormal(params["W_V"])
+        fixed["W_O"] = anp.swapaxes(orthonormal(anp.swapaxes(params["W_O"], 1, 2)), 1, 2)
+    return {**params, **fixed}
+
+
+def half_open(sizes, seed, n_starts):
+    """Gated blocks to start from, with gate scores about 1/2."""
+    starts = [gatedref.init_params(*sizes, stream(seed, 21, i), 1) for i in range(n_starts)]
+    for start in starts:
+        start["b_gate_Q"] += 0.5
+        start["b_gate_K"] += 1.0
+    return starts
+
+
+def run_overlap(job, note=None):
+    """Six heads learn the copying task; then six of twice the width."""
+    seed, recipe, alpha = job["seed"], job["recipe"], 0.1
+    rng, rows = np.random.default_rng(stream(seed, 20)), []
+    sample = lambda size: sample_copies(size, rng)
+    x, target = sample(2000)
+    variance = target.var(axis=(0, 1)).mean()
+    tokens = x[..., : len(COPYING)].argmax(axis=2)
+    objective = lambda params, *rest: gatedref.loss(for_copying(params), *rest)
+    for d_head, part in ((1, "narrow heads"), (2, "wide heads")):
+        sizes = 6, D_COPYING, d_head
+        starts = half_open(sizes, seed, recipe["starts"])
+        search = recipe["steps"], recipe["rate"], 60, lambda u: alpha, True
+        params, _ = learn(stacked(starts), plainly(objective, sample), variance, *search, note=note)
+        for i in range(recipe["starts"]):
+            one = for_copying({name: array[i] for name, array in params.items()})
+            scalars = gatedref.loss(one, x, target, alpha * variance)
+            gate = gatedref.gated_attention(one, x)["gate"][:, :, :, 1].transpose(0, 2, 1)
+            gates = [gate[tokens == COPYING[query]].mean(axis=0).tolist() for query in "ABC"]
+            more = {name: float(scalars[name] / variance) for name in ("loss", "mse")}
+            row = {"part": part, "key": job["key"], "seed": seed, "start": i, **more}
+            rows.append({**row, "penalty": float(scalars["penalty"]), "gates": gates})
+    return rows
+
+
+def experiment_overlap(arguments):
+    """Prediction 2: heads that overlap, each of them necessary for two tasks."""
+    recipe = {**LIMITS, **(QUICK if arguments.quick else {})}
+    more = {"run": run_overlap, "key": "copying", "recipe": recipe}
+    rows = run_all([more | {"seed": seed} for seed in range(1 if arguments.quick else 12)])
+    print("\n".join(overlap_table(rows)))
+    draw_overlap(rows, arguments.out)
+    return rows
+
+
+def overlap_table(rows):
+    """Of six heads that copy without error (FVU < 0.01): how they share the tasks."""
+    cells = []
+    for (part, _), group in by_part(rows).items():
+        fit = [row for row in group if row["mse"] < 0.01]
+        cells.append([part, len(group), len(fit), sum(map(is_shared, fit))])
+        cells[-1] += [sum(map(is_one_a_task, fit)), *choices(group, is_one_a_task)]
+    head = "six heads", "starts", "fit", "a head for two tasks", "one head a task"
+    return table([*head, "lowest loss has one head a task", "where starts differ"], cells)
+
+
+def is_shared(row):
+    """Whether a head has its gate above 1/2 for two tasks. `gates`: [task, head]."""
+    return bool(((np.array(row["gates"]) > 0.5).sum(axis=0) > 1).any())
+
+
+def is_one_a_task(row):
+    opened = np.array(row["gates"]) > 0.5
+    return bool((opened.sum(axis=1) == 1).all() and not is_shared(row) and row["mse"] < 0.01)
+
+
+# 3. Different sources: two signals among noise, in any order; the answer, at the read-off token, is
+# their unordered pair. Assumed, since the post does not say: five places before the read-off, no
+# positions, all pairs equally often, and the mean squared error at the read-off alone.
+
+N_SIGNALS, N_INPUTS, D_PAIRS = 4, 12, 22
+PAIRS = list(itertools.combinations_with_replacement(range(1, N_SIGNALS + 1), 2))
+
+
+def sample_noise(size, rng):
+    tokens = rng.integers(N_SIGNALS + 1, N_INPUTS, size=(size, 6))
+    tokens[:, -1] = 0
+    return tokens
+
+
+def sample_pairs(size, rng):
+    """tokens [size, 6], of which the last is the read-off token 0; and which of PAIRS they hold."""
+    tokens = sample_noise(size, rng)
+    answers = rng.integers(len(PAIRS), size=size)
+    places = rng.permuted(np.tile(np.arange(5), (size, 1)), axis=1)[:, :2]
+    np.put_along_axis(tokens, places, np.array(PAIRS)[answers], axis=1)
+    return tokens, answers
+
+
+def run_sources(job, note=None):
+    """A block that names the pair of signals, and gated blocks in its place."""
+    seed, recipe = job["seed"], job["recipe"]
+    rng, one_hot = np.random.default_rng(stream(seed, 22)), np.eye(D_PAIRS)
+    said = slice(N_INPUTS, None)  # the dimensions of the answers
+
+    def loss(params, tokens, answers):
+        out = gatedref.attention(params, one_hot[tokens])["attn_out"][:, -1, said]
+        return surprise(out, np.eye(len(PAIRS))[answers])
+
+    start = gatedref.init_params(4, D_PAIRS, 1, stream(seed, 23))
+    toy = plain_toy(start, loss, lambda size: sample_pairs(size, rng), job["steps"], note)
+
+    def inputs(size):
+        x = one_hot[sample_pairs(size, rng)[0]]
+        return x, gatedref.attention(toy, x)["attn_out"][:, -1]
+
+    tokens, answers = sample_pairs(500 if job["quick"] else 5000, rng)
+    x = one_hot[tokens]
+    target = gatedref.attention(toy, x)["attn_out"][:, -1]
+    scale = float(recipe["value_scale"] * abs(target).max())
+    noise = np.tile(sample_noise(200, rng)[:, None, 2:], (1, len(PAIRS), 1))
+    each_pair = np.concatenate([np.tile(PAIRS, (200, 1, 1)), noise], axis=2)
+    each_source = one_hot[None, [*range(1, N_INPUTS), 0]]
+
+    def told(part, attend, **more):
+        """A row. `says`: the pair that each head's mean output favours, for each pair. `between`:
+        of heads and mixed pairs, how often z lies between those of the two pairs of equals."""
+        block, alone = attend(x), attend(each_source)
+        out, result = block["attn_out"][:, -1, said], block["result"][:, -1, :, said]
+        right = out.argmax(axis=-1) == answers
+        mse = ((block["attn_out"][:, -1] - target) ** 2).mean() / target.var(axis=0).mean()
+        of_pair = [answers == pair for pair in range(len(PAIRS))]
+        held = [gatedref.holders(result[mine], answers[mine]) for mine in of_pair]
+        row = {"part": part, "key": job["key"], "seed": seed, "mse": float(mse), **more}
+        row |= {"accuracy": [float(right[mine].mean()) for mine in of_pair]}
+        row |= {"holders": [[list(heads) for heads in sets] for sets in held]}
+        row |= {"pattern": alone["pattern"][0, :, -1, :-1].tolist()}
+        if "gate" in alone:
+            row |= {"gates": alone["gate"][0, :, -1, :-1].tolist()}
+            row |= {"highest score": float(alone["gate_scores"][0, :, -1].max())}
+        z = attend(one_hot[each_pair.reshape(-1, 6)])["z"][:, -1, :, 0].reshape(200, len(PAIRS), -1)
+        equal = {i: z[:, PAIRS.index((i, i))] for i in range(1, N_SIGNALS + 1)}
+        mixed = [(z[:, p], equal[i], equal[j]) for p, (i, j) in enumerate(PAIRS) if i != j]
+        inside = [(one - first) * (one - second) <= 1e-12 for one, first, second in mixed]
+        return row | {"between": float(np.mean(inside))}
+
+    def objective(params, x, target, alpha, by_query):
+        block = gatedref.gated_attention(params, x, value_scale=scale)
+        mse = anp.mean((block["attn_out"][:, -1] - target) ** 2)
+        active = block["gate"][:, :, -1:]
+        if by_query:  # how active a head is for the query, whatever the source
+            active = active.mean(axis=3, keepdims=True)
+        penalty = gatedref.lp_norm(active, recipe["p"]).mean()
+        return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}
+
+    rows = [told("toy", partial(gatedref.attention, toy))]
+    if min(rows[0]["accuracy"]) <= 0.99 and not job["quick"]:
+        return rows
+    variance = target.var(axis=0).mean()
+    for part, times, by_query in (
+        ("2 x the heads", 2, False),
+        ("3 x the heads", 3, False),
+        ("3 x, penalty by query", 3, True),
+    ):
+        starts = half_open((4 * times, D_PAIRS, 1), seed, recipe["starts"])
+        evaluate = plainly(partial(objective, by_query=by_query), inputs)
+        params, _ = take_apart(starts, evaluate, variance, recipe, note)
+        rows.append(told(part, partial(gatedref.gated_attention, params, value_scale=scale)))
+    return rows
+
+
+def experiment_sources(arguments):
+    """Prediction 3: heads that work together on different source tokens."""
+    weak = {"d_head": 1, "d_gate": 1, "alpha": (0.05, 0.03), "choose": 0.03, "finish_alpha": 0.01}
+    recipe = {**LIMITS, **weak, **(QUICK if arguments.quick else {})}
+    more = {"run": run_sources, "key": "pairs", "recipe": recipe, "quick": arguments.quick}
+    more |= {"steps": 20 if arguments.quick else 3000}
+    rows = run_all([more | {"seed": seed} for seed in range(1 if arguments.quick else 10)])
+    print("\n".join(sources_table(rows)))
+    draw_sources(rows, arguments.out)
+    return rows
+
+
+def count_sets(row):
+    """How many answers are held by one head, by sets of two, of more, and how many are wrong."""
+    counts = [0, 0, 0, 0]
+    for accuracy, sets in zip(row["accuracy"], row["holders"]):
+        size = len(sets[0]) if sets else 3
+        counts[3 if accuracy <= 0.99 else min(size, 3) - 1] += 1
+    return counts
+
+
+def sources_table(rows):
+    """Of a block's ten pairs: how many one head holds, how many sets of two, or more; on how many
+    of the read-off's eleven (query, key) pairs of tokens several gates are open (above 0.01)."""
+    cells = []
+    for (part, _), group in by_part(rows).items():
+        sets = np.sum([count_sets(row) for row in group], axis=0)
+        cells.append([part, len(group), *sets, f"{np.median([row['mse'] for row in group]):.4f}"])
+        cells[-1] += ["", "", f"{min(row['between'] for row in group):.1%}"]
+        if "gates" in group[0]:
+            opened = [(np.array(row["gates"]) > 0.01).sum(axis=0) for row in group]
+            cells[-1][-3] = f"{np.mean([(heads > 1).sum() for heads in opened]):.1f}"
+            cells[-1][-2] = f"{max(row['highest score'] for row in group):.2f}"
+    head = "block", "blocks", "one head", "two", "three or more", "wrong", "unexplained"
+    return table([*head, "several gates open", "highest score", "between"], cells)
+
+
+def draw_layers(rows, out):
+    colours = {"handmade": PINK, "trained": BLUE}
+
+    def paint(figure, axes):
+        loss, right, starts = axes[0]
+        for row in rows:
+            n, part = len(row["accuracy"]), row["part"]
+            if part in colours:
+                look = {"color": colours[part], "label": part if row["seed"] + n == 3 else None}
+                loss.plot(n, row["loss"], "o", ms=4, **look)
+                beside = n + row["seed"] / 20 - 0.2
+                if part == "trained":
+                    right.plot(beside, sum(a > 0.99 for a in row["accuracy"]), "o", ms=4, **look)
+        loss.set(title="cross-entropy of two heads", xlabel="trigrams", ylim=(0, None))
+        loss.legend(frameon=False)
+        right.axhline(3, color=GREY, ls="--", lw=0.8)
+        right.set(title="trained two heads: trigrams right", xlabel="trigrams (dashed: the count)")
+        gated = [row for row in rows if row["part"] == "gated for the sum"]
+        for place, seed in enumerate(sorted({row["seed"] for row in gated})):
+            for row in gated:
+                if row["seed"] == seed:
+                    across = is_across(row)
+                    wrong = min(row["accuracy"]) <= 0.99
+                    colour = GREY if wrong else ORANGE if across else BLUE
+                    starts.plot(place, row["loss"], "o", color=colour, ms=5)
+        starts.set(title="two layers gated for their sum: loss of every start", ylim=(0, None))
+        starts.set(xlabel="model (blue: none across layers, orange: some)", xticks=[])
+
+    picture(out / "layers.png", 1, 3, (11, 3.4), paint)
+
+
+def draw_overlap(rows, out):
+    def paint(figure, axes):
+        *maps, dots = axes[0]
+        for place, ((part, _), group) in enumerate(by_part(rows).items()):
+            ax, best = maps[place], min(group, key=lambda row: row["loss"])
+            shown = ax.imshow(best["gates"], cmap="Blues", vmin=0, vmax=1)
+            ax.set_yticks(range(3), "ABC")
+            ax.set(title=f"{part}, lowest loss", xlabel="head", ylabel="task")
+            for row in group:
+                if row["mse"] < 0.01:
+                    colour = BLUE if is_one_a_task(row) else ORANGE if is_shared(row) else GREY
+                    dots.plot(place + row["seed"] / 40 - 0.15, row["loss"], "o", color=colour, ms=4)
+        dots.set_xticks(range(len(maps)), [part for part, _ in by_part(rows)])
+        dots.set(title="loss (blue: one head a task, orange: shared)", xlim=(-0.5, 1.5))
+        dots.set_ylim(0, None)
+        figure.colorbar(shown, ax=maps, shrink=0.6, label="gate")
+
+    picture(out / "overlap.png", 1, 3, (11, 3), paint)
+
+
+def draw_sources(rows, out):
+    def paint(figure, axes):
+        bars, toy, gated = axes[0]
+        groups = {part: group for (part, _), group in by_part(rows).items()}
+        left = np.zeros(len(groups))
+        parts = np.transpose([np.sum([*map(count_sets, g)], axis=0) for g in groups.values()])
+        labels = ("one head", "two heads", "three or more", "wrong")
+        for part, label, colour in zip(parts, labels, (BLUE, GREEN, ORANGE, GREY)):
+            bars.barh(range(len(groups)), part, left=left, color=colour, label=label)
+            left = left + part
+        bars.set_yticks(range(len(groups)), list(groups))
+        bars.invert_yaxis()
+        bars.set_xlabel("pairs of signals")
+        bars.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        for ax, part, name in ((toy, "toy", "pattern"), (gated, "3 x the heads", "gates")):
+            if part in groups:
+                ax.imshow(groups[part][0][name], cmap="Blues", aspect="auto")
+            ax.set(title=f"{part}: {name} at the read-off", xlabel="source token", ylabel="head")
+            ax.set_xticks(range(N_INPUTS - 1), range(1, N_INPUTS))
+            ax.yaxis.get_major_locator().set_params(integer=True)
+
+    picture(out / "sources.png", 1, 3, (12, 3.6), paint)
+
+
+# ------------------------------------------------------------------------------------------------
 # The command
 
 EXPERIMENTS = {
@@ -993,7 +1581,11 @@ EXPERIMENTS = {
     "sweep": experiment_sweep,
     "ablations": experiment_ablations,
     "benchmark": experiment_benchmark,
+    "layers": experiment_layers,
+    "overlap": experiment_overlap,
+    "sources": experiment_sources,
 }
+GROUPS = {"limits": ["layers", "overlap", "sources"]}
 
 
 def write(path, fill):
@@ -1038,7 +1630,7 @@ def parse(argv):
         return int(text)
 
     add = parser.add_argument
-    names = ", ".join(EXPERIMENTS)
+    names = ", ".join([*EXPERIMENTS, *GROUPS])
     add("experiments", nargs="*", help=f"which to run, of {names} (default: main)")
     add("--seed", type=whole, default=5, help="seed of main (default: %(default)s)")
     add("--seeds", type=whole, nargs=2, default=(0, 19), help="first and last seed of the sweep")
@@ -1046,7 +1638,8 @@ def parse(argv):
     add("--published", action="store_true", help="main: the published block, its value bias free")
     add("--quick", action="store_true", help="a smoke run of seconds; its numbers mean nothing")
     arguments = parser.parse_args(argv)
-    arguments.experiments = arguments.experiments or ["main"]
+    asked = arguments.experiments or ["main"]
+    arguments.experiments = [name for group in asked for name in GROUPS.get(group, [group])]
     for name in arguments.experiments:
         if name not in EXPERIMENTS:
             parser.error(f"unknown experiment {name!r}, choose from {names}")
