@@ -756,11 +756,11 @@ def count_holders(run):
     return counts
 
 
-def grouped(runs):
-    """The runs by variant and setting, in the order of their first."""
+def grouped(runs, by="variant"):
+    """The runs by variant (or `part`) and setting, in the order of their first."""
     groups = {}
     for run in runs:
-        groups.setdefault((run["variant"], run["key"]), []).append(run)
+        groups.setdefault((run[by], run["key"]), []).append(run)
     return groups
 
 
@@ -1160,6 +1160,8 @@ def run_two_layers(job, note=None):
         for i in range(recipe["starts"]):
             blocks = parted_layers({name: array[i] for name, array in params.items()})
             more = {name: float(scalars[name][i] / variance) for name in ("loss", "mse")}
+            scores = [made["gate_scores"].max() for made in gated(blocks, inputs(pool[:500])[0])]
+            more["highest score"] = float(max(scores))
             rows.append(told(part, partial(run, blocks), sizes[0], start=i, **more))
     return rows
 
@@ -1189,16 +1191,9 @@ def experiment_layers(arguments):
         for seed in range(10 if n <= 8 and not quick else 1)
     ]
     rows = run_all([job | more for job in jobs])
-    print("\n".join([*premise_table(rows), "", *layers_table(rows)]))
+    print("\n".join([*premise_table(rows), "", *layers_table(rows), ""]))
     draw_layers(rows, arguments.out)
     return rows
-
-
-def by_part(rows):
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["part"], row["key"]), []).append(row)
-    return groups
 
 
 def has_single(sets):
@@ -1208,7 +1203,7 @@ def has_single(sets):
 def premise_table(rows):
     """Of two heads, written down and trained: trigrams a model gets right, and the loss."""
     cells = []
-    for (part, key), group in by_part(rows).items():
+    for (part, key), group in grouped(rows, "part").items():
         if part in ("handmade", "trained"):
             right = [sum(a > 0.99 for a in row["accuracy"]) for row in group]
             single = [sum(map(has_single, row["holders"])) for row in group]
@@ -1222,17 +1217,25 @@ def premise_table(rows):
 def layers_table(rows):
     """Of two layers: models and gated blocks that are right, and that need both layers."""
     cells = []
-    for (part, key), group in by_part(rows).items():
+    for (part, key), group in grouped(rows, "part").items():
         if part not in ("handmade", "trained"):
             across, apart = sum(map(is_across, group)), sum(map(is_resolved, group))
             single = sum(
                 is_resolved(row) and all(map(has_single, row["holders"])) for row in group
             )
-            cells.append([part, key, len(group), across + apart, across, single, "", ""])
+            cells.append([part, key, len(group), across + apart, across, single, *[""] * 4])
             if "loss" in group[0]:
-                cells[-1][-2:] = choices(group, is_resolved)
+                cells[-1][-4:] = *choices(group, is_resolved), *fit_and_scores(group)
     head = "model", "setting", "starts", "all right", "across layers", "each held by one head"
-    return table([*head, "lowest loss is right, not across", "where starts differ"], cells)
+    more = "lowest loss is right, not across", "where starts differ", "unexplained", "highest score"
+    return table([*head, *more], cells)
+
+
+def fit_and_scores(rows):
+    """The median error, in variances of the target; and the highest gate score, which from 1 on has
+    no gradient in the clamp."""
+    highest = max(row["highest score"] for row in rows)
+    return f"{np.median([row['mse'] for row in rows]):.4f}", f"{highest:.2f}"
 
 
 def choices(rows, wanted):
@@ -1327,9 +1330,11 @@ def run_overlap(job, note=None):
         for i in range(recipe["starts"]):
             one = for_copying({name: array[i] for name, array in params.items()})
             scalars = gatedref.loss(one, x, target, alpha * variance)
-            gate = gatedref.gated_attention(one, x)["gate"][:, :, :, 1].transpose(0, 2, 1)
+            block = gatedref.gated_attention(one, x)
+            gate = block["gate"][:, :, :, 1].transpose(0, 2, 1)
             gates = [gate[tokens == COPYING[query]].mean(axis=0).tolist() for query in "ABC"]
             more = {name: float(scalars[name] / variance) for name in ("loss", "mse")}
+            more["highest score"] = float(block["gate_scores"].max())
             row = {"part": part, "key": job["key"], "seed": seed, "start": i, **more}
             rows.append({**row, "penalty": float(scalars["penalty"]), "gates": gates})
     return rows
@@ -1340,7 +1345,7 @@ def experiment_overlap(arguments):
     recipe = {**LIMITS, **(QUICK if arguments.quick else {})}
     more = {"run": run_overlap, "key": "copying", "recipe": recipe}
     rows = run_all([more | {"seed": seed} for seed in range(1 if arguments.quick else 12)])
-    print("\n".join(overlap_table(rows)))
+    print("\n".join([*overlap_table(rows), ""]))
     draw_overlap(rows, arguments.out)
     return rows
 
@@ -1348,12 +1353,14 @@ def experiment_overlap(arguments):
 def overlap_table(rows):
     """Of six heads that copy without error (FVU < 0.01): how they share the tasks."""
     cells = []
-    for (part, _), group in by_part(rows).items():
+    for (part, _), group in grouped(rows, "part").items():
         fit = [row for row in group if row["mse"] < 0.01]
         cells.append([part, len(group), len(fit), sum(map(is_shared, fit))])
         cells[-1] += [sum(map(is_one_a_task, fit)), *choices(group, is_one_a_task)]
+        cells[-1] += fit_and_scores(group)
     head = "six heads", "starts", "fit", "a head for two tasks", "one head a task"
-    return table([*head, "lowest loss has one head a task", "where starts differ"], cells)
+    more = "lowest loss has one head a task", "where starts differ", "unexplained", "highest score"
+    return table([*head, *more], cells)
 
 
 def is_shared(row):
@@ -1415,8 +1422,9 @@ def run_sources(job, note=None):
     each_source = one_hot[None, [*range(1, N_INPUTS), 0]]
 
     def told(part, attend, **more):
-        """A row. `says`: the pair that each head's mean output favours, for each pair. `between`:
-        of heads and mixed pairs, how often z lies between those of the two pairs of equals."""
+        """A row. `pattern` and `gates`: at the read-off, of a sequence with each source token once.
+        `between`: of heads, mixed pairs and noise, how often z lies between those of the two pairs
+        of equals."""
         block, alone = attend(x), attend(each_source)
         out, result = block["attn_out"][:, -1, said], block["result"][:, -1, :, said]
         right = out.argmax(axis=-1) == answers
@@ -1486,16 +1494,16 @@ def sources_table(rows):
     """Of a block's ten pairs: how many one head holds, how many sets of two, or more; on how many
     of the read-off's eleven (query, key) pairs of tokens several gates are open (above 0.01)."""
     cells = []
-    for (part, _), group in by_part(rows).items():
+    for (part, _), group in grouped(rows, "part").items():
         sets = np.sum([count_sets(row) for row in group], axis=0)
-        cells.append([part, len(group), *sets, f"{np.median([row['mse'] for row in group]):.4f}"])
-        cells[-1] += ["", "", f"{min(row['between'] for row in group):.1%}"]
+        between = f"{min(row['between'] for row in group):.1%}"
+        cells.append([part, len(group), *sets, between, "", "", ""])
         if "gates" in group[0]:
             opened = [(np.array(row["gates"]) > 0.01).sum(axis=0) for row in group]
-            cells[-1][-3] = f"{np.mean([(heads > 1).sum() for heads in opened]):.1f}"
-            cells[-1][-2] = f"{max(row['highest score'] for row in group):.2f}"
-    head = "block", "blocks", "one head", "two", "three or more", "wrong", "unexplained"
-    return table([*head, "several gates open", "highest score", "between"], cells)
+            several = f"{np.mean([(heads > 1).sum() for heads in opened]):.1f}"
+            cells[-1][-3:] = several, *fit_and_scores(group)
+    head = "block", "blocks", "one head", "two", "three or more", "wrong", "between"
+    return table([*head, "several gates open", "unexplained", "highest score"], cells)
 
 
 def draw_layers(rows, out):
@@ -1532,7 +1540,7 @@ def draw_layers(rows, out):
 def draw_overlap(rows, out):
     def paint(figure, axes):
         *maps, dots = axes[0]
-        for place, ((part, _), group) in enumerate(by_part(rows).items()):
+        for place, ((part, _), group) in enumerate(grouped(rows, "part").items()):
             ax, best = maps[place], min(group, key=lambda row: row["loss"])
             shown = ax.imshow(best["gates"], cmap="Blues", vmin=0, vmax=1)
             ax.set_yticks(range(3), "ABC")
@@ -1541,7 +1549,7 @@ def draw_overlap(rows, out):
                 if row["mse"] < 0.01:
                     colour = BLUE if is_one_a_task(row) else ORANGE if is_shared(row) else GREY
                     dots.plot(place + row["seed"] / 40 - 0.15, row["loss"], "o", color=colour, ms=4)
-        dots.set_xticks(range(len(maps)), [part for part, _ in by_part(rows)])
+        dots.set_xticks(range(len(maps)), [part for part, _ in grouped(rows, "part")])
         dots.set(title="loss (blue: one head a task, orange: shared)", xlim=(-0.5, 1.5))
         dots.set_ylim(0, None)
         figure.colorbar(shown, ax=maps, shrink=0.6, label="gate")
@@ -1552,7 +1560,7 @@ def draw_overlap(rows, out):
 def draw_sources(rows, out):
     def paint(figure, axes):
         bars, toy, gated = axes[0]
-        groups = {part: group for (part, _), group in by_part(rows).items()}
+        groups = {part: group for (part, _), group in grouped(rows, "part").items()}
         left = np.zeros(len(groups))
         parts = np.transpose([np.sum([*map(count_sets, g)], axis=0) for g in groups.values()])
         labels = ("one head", "two heads", "three or more", "wrong")
@@ -1563,9 +1571,11 @@ def draw_sources(rows, out):
         bars.invert_yaxis()
         bars.set_xlabel("pairs of signals")
         bars.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        first = groups["3 x the heads"][0]["seed"] if len(groups) > 1 else 0
         for ax, part, name in ((toy, "toy", "pattern"), (gated, "3 x the heads", "gates")):
-            if part in groups:
-                ax.imshow(groups[part][0][name], cmap="Blues", aspect="auto")
+            for row in groups.get(part, []):
+                if row["seed"] == first:
+                    ax.imshow(row[name], cmap="Blues", aspect="auto")
             ax.set(title=f"{part}: {name} at the read-off", xlabel="source token", ylabel="head")
             ax.set_xticks(range(N_INPUTS - 1), range(1, N_INPUTS))
             ax.yaxis.get_major_locator().set_params(integer=True)
