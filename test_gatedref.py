@@ -2306,19 +2306,25 @@ def test_on_a_mixed_pair_a_head_lies_between_what_it_does_on_the_two_pairs_of_eq
     assert (abs(first - second) > 1e-3).any()
 
 
-def test_the_plain_form_takes_each_start_by_itself():
+def test_blocks_side_by_side_are_each_block_by_itself():
     toy, tokens, n_tokens = toy_and_tokens()
     x, several = np.eye(n_tokens)[tokens], []
     for seed in range(2):
         several.append(gatedref.init_params(3, n_tokens, 2, seed, d_gate=1))
-    inputs = x, gatedref.attention(toy, x)["attn_out"]
-    evaluate = train.plainly(lambda p, *rest: gatedref.loss(p, *rest), lambda size: inputs)
+    target = gatedref.attention(toy, x)["attn_out"]
+
+    def objective(params, alpha):
+        out, gate = train.side_by_side(params, x, 2.0)
+        return train.scalars_of([out - target[:, :, None]], [gate], alpha)
+
+    evaluate = train.plainly(objective, lambda size: ())
     scalars, grads = evaluate(train.stacked(several), 40, 0.1, False)
     for i, params in enumerate(several):
-        wanted, expected = gatedref.loss_and_grad(params, *inputs, 0.1)
-        assert all(scalars[name][i] == wanted[name] for name in wanted)
+        wanted, expected = gatedref.loss_and_grad(params, x, target, 0.1, value_scale=2.0)
+        for name in wanted:
+            assert scalars[name][i] == pytest.approx(wanted[name], rel=1e-13)
         for name in params:
-            np.testing.assert_array_equal(grads[name][i], expected[name])
+            np.testing.assert_allclose(grads[name][i], expected[name], rtol=0, atol=1e-14)
 
 
 def test_reopening_is_the_clamp_with_a_gradient_that_points_back_inside():
@@ -2342,11 +2348,12 @@ def test_what_spans_two_layers():
     assert not train.spans([], 1)
     assert not train.spans([[0, 1]], 2) and not train.spans([[0, 1], [0, 2]], 2)
     across = {"accuracy": [1.0, 1.0], "spans": [False, True]}
-    assert train.is_across(across) and not train.is_resolved(across)
-    resolved = {"accuracy": [1.0, 1.0], "spans": [False, False]}
-    assert train.is_resolved(resolved) and not train.is_across(resolved)
-    wrong = {"accuracy": [1.0, 0.99], "spans": [False, True]}
-    assert not train.is_across(wrong) and not train.is_resolved({**wrong, "spans": [False] * 2})
+    assert train.is_across(across)
+    assert not train.is_across({**across, "accuracy": [1.0, 0.99]})
+    resolved = {"accuracy": [1.0, 1.0], "holders": [[[0], [1]], [[2]]]}
+    assert train.is_resolved(resolved)
+    assert not train.is_resolved({**resolved, "holders": [[[0], [1]], [[1, 2]]]})
+    assert not train.is_resolved({**resolved, "accuracy": [1.0, 0.99]})
 
 
 def test_the_loss_chooses_a_start_on_every_seed():
@@ -2373,8 +2380,10 @@ def test_the_readme_tells_what_the_results_hold():
         assert "| " + " | ".join(map(str, cells)) + " |" in readme
         assert run["variant"] == "default"
         assert f"seed {run['seed']}" in readme
-    for experiment in ("sweep", "ablations"):
-        for row in train.rates(results[experiment]):
+    tables = [("sweep", train.rates), ("ablations", train.rates), ("layers", train.premise_table)]
+    tables += [("layers", train.layers_table), ("overlap", train.overlap_table)]
+    for experiment, tabulated in [*tables, ("sources", train.sources_table)]:
+        for row in tabulated(results[experiment]):
             assert row in readme
     ratios = [
         row["ratio"]
