@@ -995,7 +995,7 @@ def draw_ablations(runs, out):
 # What the method cannot do: three predictions of the discussion under the post, each with a toy of
 # its own, the method on it, and a variant of the method. In the plain form, start after start.
 
-LIMITS = {**RECIPE, "heads": 3, "d_head": 2, "starts": 4, "steps": 800, "finish_steps": 400}
+LIMITS = {**RECIPE, "heads": 3, "d_head": 2, "starts": 3, "steps": 800, "finish_steps": 300}
 
 
 @primitive
@@ -1204,7 +1204,7 @@ def is_resolved(row):
 def experiment_layers(arguments):
     """Prediction 1: what two layers compute together stays together."""
     quick, recipe = arguments.quick, {**LIMITS, **(QUICK if arguments.quick else {})}
-    more = {"recipe": recipe, "quick": quick, "steps": 20 if quick else 2000}
+    more = {"recipe": recipe, "quick": quick, "steps": 20 if quick else 1500}
     jobs = [
         {"run": run_two_layers, "key": f"{h}+{h}H{n}T", "n_heads": h, "n_trigrams": n, "seed": seed}
         for h, n in ((2, 7), (1, 3))[quick:]
@@ -1512,7 +1512,7 @@ def experiment_sources(arguments):
     weak = {"d_head": 1, "d_gate": 1, "alpha": (0.05, 0.03), "choose": 0.03, "finish_alpha": 0.01}
     recipe = {**LIMITS, **weak, **(QUICK if arguments.quick else {})}
     more = {"run": run_sources, "key": "pairs", "recipe": recipe, "quick": arguments.quick}
-    more |= {"steps": 20 if arguments.quick else 3000}
+    more |= {"steps": 20 if arguments.quick else 2000}
     rows = run_all([more | {"seed": seed} for seed in range(1 if arguments.quick else 10)])
     print("\n".join(sources_table(rows)))
     draw_sources(rows, arguments.out)
