@@ -1693,7 +1693,7 @@ def parse(argv):
     add = parser.add_argument
     names = ", ".join([*EXPERIMENTS, *GROUPS])
     add("experiments", nargs="*", help=f"which to run, of {names} (default: main)")
-    add("--seed", type=whole, default=5, help="seed of main (default: %(default)s)")
+    add("--seed", type=whole, default=0, help="seed of main (default: %(default)s)")
     add("--seeds", type=whole, nargs=2, default=(0, 19), help="first and last seed of the sweep")
     add("--out", type=Path, help="where to write (default: figures, or figures/quick)")
     add("--published", action="store_true", help="main: the published block, its value bias free")
