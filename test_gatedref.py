@@ -2081,6 +2081,20 @@ def test_the_toy_learns_on_the_cross_entropy_of_the_next_token():
         np.testing.assert_allclose(grads[name][0], expected[name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("choose, best", [(3.0, 1), (8.0, 0)])
+def test_of_the_starts_the_one_is_finished_whose_loss_is_lowest_by_the_stated_weight(choose, best):
+    def evaluate(params, size, alpha, reopen):
+        first = params["W"][:, 0] < 0.5
+        scalars = {"mse": np.where(first, 1.0, 0.5), "penalty": np.where(first, 0.1, 0.2)}
+        return {**scalars, "loss": scalars["mse"]}, {"W": 0 * params["W"]}
+
+    starts = [{"W": np.array([float(i)])} for i in range(2)]
+    recipe = {**train.RECIPE, "steps": 4, "finish_steps": 4, "choose": choose}
+    params, curves = train.take_apart(starts, evaluate, 1.0, recipe)
+    assert params["W"] == best
+    assert curves.shape == (8, 3) and (curves[:, 0] == [1.0, 0.5][best]).all()
+
+
 def test_training_twice_gives_the_same_bits_and_another_seed_others():
     job = train.make_job("2H3T", 0, quick=True)
     ((run, rest),), ((again, rest_again),) = train.run_setting(job), train.run_setting(job)
