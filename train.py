@@ -1241,19 +1241,28 @@ def premise_table(rows):
 
 
 def layers_table(rows):
-    """Of two layers: models and gated blocks that are right, and that need both layers."""
+    """Of two layers: models and gated blocks that are right, and how many of these hold a trigram
+    across layers, or else by several heads within one, or are apart, each trigram held by one head;
+    and what the start with the lowest loss does, of each model's that are right."""
     cells = []
     for (part, key), group in grouped(rows, "part").items():
         if part not in ("handmade", "trained"):
             right = [row for row in group if min(row["accuracy"]) > 0.99]
-            across, apart = sum(map(is_across, right)), sum(map(is_resolved, right))
-            within = len(right) - across - apart
-            cells.append([part, key, len(group), len(right), across, within, apart, *[""] * 4])
+            cells.append([part, key, len(group), len(right), *kinds(right), "", "", ""])
             if "loss" in group[0]:
-                cells[-1][-4:] = *choices(right, is_resolved), *fit_and_scores(group)
+                seeds = sorted({row["seed"] for row in right})
+                by_seed = [[row for row in right if row["seed"] == seed] for seed in seeds]
+                best = [min(starts, key=lambda row: row["loss"]) for starts in by_seed]
+                cells[-1][-3:] = ", ".join(map(str, kinds(best))), *fit_and_scores(group)
     head = "model", "setting", "starts", "all right", "across layers", "within a layer", "apart"
-    more = "lowest loss is apart", "where starts differ", "unexplained", "highest score"
+    more = "lowest loss: across, within, apart", "unexplained", "highest score"
     return table([*head, *more], cells)
+
+
+def kinds(rows):
+    """How many of these, all of them right, are across layers, within a layer, apart."""
+    across, apart = sum(map(is_across, rows)), sum(map(is_resolved, rows))
+    return across, len(rows) - across - apart, apart
 
 
 def fit_and_scores(rows):
@@ -1582,7 +1591,7 @@ def draw_layers(rows, out):
                     wrong = min(row["accuracy"]) <= 0.99
                     colour = GREY if wrong else ORANGE if across else BLUE
                     starts.plot(place, row["loss"], "o", color=colour, ms=5)
-        starts.set(title="two layers gated for their sum: loss of every start", ylim=(0, None))
+        starts.set(title="gated for the sum: loss of every start", ylim=(0, None))
         starts.set(xlabel="model (blue: none across layers, orange: some)", xticks=[])
 
     picture(out / "layers.png", 1, 3, (11, 3.4), paint)
