@@ -1556,13 +1556,15 @@ def sources_table(rows):
         sets = np.sum([count_sets(row) for row in group], axis=0)
         between = f"{min(row['between'] for row in group):.1%}"
         attention = f"{np.mean([own_attention(row) for row in group]):.2f}"
-        cells.append([part, len(group), *sets, attention, between, "", "", ""])
+        mixed = [sets for row in group for (i, j), sets in zip(PAIRS, row["holders"]) if i != j]
+        one_head = sum(map(has_single, mixed))
+        cells.append([part, len(group), *sets, one_head, attention, between, "", "", ""])
         if "gates" in group[0]:
             opened = [(np.array(row["gates"]) > 0.01).sum(axis=0) for row in group]
             several = f"{np.mean([(heads > 1).sum() for heads in opened]):.1f}"
             cells[-1][-3:] = several, *fit_and_scores(group)
-    head = "block", "blocks", "one head", "two", "three or more", "wrong", "own attention"
-    more = "between", "several gates open", "unexplained", "highest score"
+    head = "block", "blocks", "one head", "two", "three or more", "wrong", "mixed, one head"
+    more = "own attention", "between", "several gates open", "unexplained", "highest score"
     return table([*head, *more], cells)
 
 
