@@ -2081,18 +2081,21 @@ def test_the_toy_learns_on_the_cross_entropy_of_the_next_token():
         np.testing.assert_allclose(grads[name][0], expected[name], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("choose, best", [(3.0, 1), (8.0, 0)])
+@pytest.mark.parametrize("choose, best", [(3.0, [1]), (8.0, [0]), (None, [0, 1])])
 def test_of_the_starts_the_one_is_finished_whose_loss_is_lowest_by_the_stated_weight(choose, best):
     def evaluate(params, size, alpha, reopen):
         first = params["W"][:, 0] < 0.5
         scalars = {"mse": np.where(first, 1.0, 0.5), "penalty": np.where(first, 0.1, 0.2)}
-        return {**scalars, "loss": scalars["mse"]}, {"W": 0 * params["W"]}
+        scalars["loss"] = scalars["mse"] + alpha * scalars["penalty"]
+        return scalars, {"W": 0 * params["W"]}
 
     starts = [{"W": np.array([float(i)])} for i in range(2)]
     recipe = {**train.RECIPE, "steps": 4, "finish_steps": 4, "choose": choose}
-    params, curves = train.take_apart(starts, evaluate, 1.0, recipe)
-    assert params["W"] == best
-    assert curves.shape == (8, 3) and (curves[:, 0] == [1.0, 0.5][best]).all()
+    params, curves = train.take_apart(starts, evaluate, recipe)
+    assert params["W"][:, 0].tolist() == best
+    assert curves.shape == (8, 4, len(best))
+    np.testing.assert_array_equal(curves[:, 0], np.tile(np.array([1.0, 0.5])[best], (8, 1)))
+    np.testing.assert_array_equal(curves[-4:, 3], recipe["finish_alpha"])
 
 
 def test_training_twice_gives_the_same_bits_and_another_seed_others():
@@ -2119,8 +2122,9 @@ def quick(tmp_path_factory):
 
 def test_a_quick_run_writes_every_file(quick):
     pictures = ["before_after", "gates", "training", "penalty", "sweep", "ablations"]
-    pictures += train.GROUPS["limits"]
+    pictures += ["layers", "overlap", "sources"]
     names = {"results.json", "blocks.npz", *(f"{name}.png" for name in pictures)}
+    names |= {f"{name}.npz" for name in train.GROUPS["limits"]}
     assert {path.name for path in quick.iterdir()} == names
     results = json.loads((quick / "results.json").read_text())
     assert set(results) == {"environment", *train.EXPERIMENTS}
@@ -2149,6 +2153,57 @@ def test_the_blocks_on_disk_give_the_figures_in_the_results(quick):
         assert run["fvu"] == pytest.approx(fvu, rel=1e-10)
         assert run["penalty"] == pytest.approx(gatedref.lp_penalty(out["gate"]), rel=1e-10)
         assert run["n_gated_heads"] == len(gated["W_Q"])
+
+
+def test_the_parameters_of_the_limits_on_disk_give_the_figures_in_the_results(quick):
+    results = json.loads((quick / "results.json").read_text())
+
+    def stored(experiment, variant):
+        kept = np.load(quick / f"{experiment}.npz")
+        rows = [row for row in results[experiment] if row["variant"] == variant]
+        start = f"{rows[0]['key']}/{variant}/"
+        params = {name[len(start) :]: kept[name] for name in kept if name.startswith(start)}
+        assert all(len(array) == len(rows) for array in params.values())
+        return [(row, train.part_of(params, i)) for i, row in enumerate(rows)]
+
+    for variant in ("handmade", "trained"):
+        for row, params in stored("premise", variant):
+            tokens, _ = gatedref.sample_skip_trigrams(3, 2000, seed=train.stream(row["seed"], 11))
+            assert train.next_token_loss([params], tokens) == pytest.approx(row["loss"], rel=1e-12)
+
+    ((row, toy),) = stored("layers", "two layers")
+    layers, seed = train.parted_layers(toy), train.stream(row["seed"], 17)
+    accuracy, holding, _ = train.measure(functools.partial(train.forward, layers), 3, seed, 2000)
+    assert (accuracy, holding) == (row["accuracy"], row["holders"])
+
+    def gated(params, tokens):
+        original = gatedref.transformer(layers, tokens)["blocks"]
+        x = np.eye(8)[tokens]
+        inputs = zip(train.parted_layers(params), (x, x + original[0]["attn_out"]), scales)
+        made = [gatedref.gated_attention(block, x, value_scale=scale) for block, x, scale in inputs]
+        logits = x + made[0]["attn_out"] + made[1]["attn_out"]
+        return logits, np.concatenate([block["result"] for block in made], axis=2)
+
+    for variant in ("each layer gated", "gated for the sum", "for the sum, alpha at once"):
+        for row, params in stored("layers", variant):
+            scales = params.pop("value_scales")
+            accuracy, holding, _ = train.measure(functools.partial(gated, params), 3, seed, 2000)
+            assert (accuracy, holding) == (row["accuracy"], row["holders"])
+
+    x, target = train.sample_copies(4000, np.random.default_rng(1))
+    for variant in ("three, written down", "six, trained", "six of twice the width, trained"):
+        for row, params in stored("overlap", variant):
+            out = gatedref.gated_attention(params, x)["attn_out"]
+            fvu = ((out - target) ** 2).mean() / target.var(axis=(0, 1)).mean()
+            assert fvu == pytest.approx(row["mse"], rel=0.2, abs=1e-12)
+
+    each_source = np.eye(train.D_PAIRS)[None, [*range(1, 12), 0]]
+    for variant in ("toy", "2 x the heads", "3 x, penalty by query"):
+        for row, params in stored("sources", variant):
+            scale = params.pop("value_scale", None)
+            block = gatedref.attention if variant == "toy" else gatedref.gated_attention
+            alone = block(params, each_source, **({"value_scale": scale} if scale else {}))
+            np.testing.assert_allclose(alone["pattern"][0, :, -1], row["pattern"], rtol=1e-12)
 
 
 def test_another_experiment_leaves_the_others_results_in_place(tmp_path):
@@ -2328,8 +2383,8 @@ def test_blocks_side_by_side_are_each_block_by_itself():
     target = gatedref.attention(toy, x)["attn_out"]
 
     def objective(params, alpha):
-        out, gate = train.side_by_side(params, x, 2.0)
-        return train.scalars_of([out - target[:, :, None]], [gate], alpha)
+        out, scores, gate = train.side_by_side(params, x, 2.0)
+        return train.scalars_of([out - target[:, :, None]], [scores], [gate], alpha)
 
     evaluate = train.plainly(objective, lambda size: ())
     scalars, grads = evaluate(train.stacked(several), 40, 0.1, False)
@@ -2339,6 +2394,8 @@ def test_blocks_side_by_side_are_each_block_by_itself():
             assert scalars[name][i] == pytest.approx(wanted[name], rel=1e-13)
         for name in params:
             np.testing.assert_allclose(grads[name][i], expected[name], rtol=0, atol=1e-14)
+        scores = gatedref.gated_attention(params, x)["gate_scores"]
+        assert scalars["highest score"][i] == pytest.approx(scores.max(), rel=1e-13)
 
 
 def test_reopening_is_the_clamp_with_a_gradient_that_points_back_inside():
@@ -2361,19 +2418,44 @@ def test_what_spans_two_layers():
     assert train.spans([[0, 1]], 1) and train.spans([[0, 3], [1, 2]], 2)
     assert not train.spans([], 1)
     assert not train.spans([[0, 1]], 2) and not train.spans([[0, 1], [0, 2]], 2)
-    across = {"accuracy": [1.0, 1.0], "spans": [False, True]}
-    assert train.is_across(across)
-    assert not train.is_across({**across, "accuracy": [1.0, 0.99]})
-    resolved = {"accuracy": [1.0, 1.0], "holders": [[[0], [1]], [[2]]]}
-    assert train.is_resolved(resolved)
-    assert not train.is_resolved({**resolved, "holders": [[[0], [1]], [[1, 2]]]})
-    assert not train.is_resolved({**resolved, "accuracy": [1.0, 0.99]})
+    two = {"accuracy": [1.0, 1.0], "n_heads": 2}
+    kinds = {"across layers": [[1, 2]], "within a layer": [[2, 3]], "apart": [[0], [1]]}
+    for kind, holding in kinds.items():
+        row = {**two, "holders": [[[1]], holding]}
+        assert [name for name, test in train.LAYERS.items() if test(row)] == [kind]
+        wrong = {**row, "accuracy": [1.0, 0.99]}
+        assert not any(test(wrong) for test in train.LAYERS.values())
 
 
-def test_the_loss_chooses_a_start_on_every_seed():
-    starts = ((0, 2, True), (0, 1, False), (1, 1, True), (1, 2, False), (2, 1, True))
-    rows = [{"seed": seed, "loss": loss, "good": good} for seed, loss, good in starts]
-    assert train.choices(rows, lambda row: row["good"]) == ("2 of 3", "1 of 2")
+def test_the_loss_chooses_among_the_starts_of_each_seed_that_fit():
+    one_a_task, shared = np.eye(3), np.ones((3, 3))
+    starts = ((0, 2, one_a_task), (0, 1, shared), (1, 1, one_a_task), (1, 2, shared))
+    rows = [{"seed": s, "loss": loss, "gates": gates, "mse": 0} for s, loss, gates in starts]
+    rows.append({"seed": 2, "loss": 1, "gates": one_a_task, "mse": 0})
+    rows.append({"seed": 2, "loss": 0, "gates": shared, "mse": 0.01})
+    assert train.choices(rows, differ=False) == "2 of 3"
+    assert train.choices(rows, differ=True) == "1 of 2"
+
+
+def test_of_each_model_the_right_start_with_the_lowest_loss_is_told():
+    holding = {"across layers": [[0, 1]], "within a layer": [[1, 2]], "apart": [[0]]}
+    starts = [(0, 1, 1.0, "apart"), (0, 0, 0.9, "across layers"), (0, 2, 1.0, "within a layer")]
+    starts += [(1, 1, 1.0, "apart"), (1, 0, 1.0, "across layers")]
+    rows = [
+        {"seed": s, "loss": loss, "accuracy": [right], "holders": [holding[kind]], "n_heads": 1}
+        for s, loss, right, kind in starts
+    ]
+    assert train.lowest(rows) == "1, 0, 1"
+
+
+def test_a_summary_has_a_line_for_each_variant_and_setting():
+    rows = [{"variant": v, "key": k, "n": n} for v, k, n in (("a", "x", 1), ("a", "x", 4))]
+    rows += [{"variant": "b", "key": "x"}]
+    columns = {"large": train.count(lambda row: row.get("n", 0) > 2), "n": train.over("n")}
+    columns |= train.counted(lambda row: [1, 2], "ones", "twos")
+    lines = ["| variant | setting | runs | large | n | ones | twos |", "| " + "--- | " * 7]
+    lines += ["| a | x | 2 | 1 | 2.5000 | 2 | 4 |", "| b | x | 1 | 0 |  | 1 | 2 |"]
+    assert train.summary(rows, columns) == [line.strip() for line in lines]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2394,10 +2476,10 @@ def test_the_readme_tells_what_the_results_hold():
         assert "| " + " | ".join(map(str, cells)) + " |" in readme
         assert run["variant"] == "default"
         assert f"seed {run['seed']}" in readme
-    tables = [("sweep", train.rates), ("ablations", train.rates), ("layers", train.premise_table)]
-    tables += [("layers", train.layers_table), ("overlap", train.overlap_table)]
-    for experiment, tabulated in [*tables, ("sources", train.sources_table)]:
-        for row in tabulated(results[experiment]):
+    tables = {"sweep": train.RATES, "ablations": train.RATES, "premise": train.PREMISE}
+    tables |= {"layers": train.LAYERS_TABLE, "overlap": train.OVERLAP, "sources": train.SOURCES}
+    for experiment, columns in tables.items():
+        for row in train.summary(results[experiment], columns):
             assert row in readme
     ratios = [
         row["ratio"]

@@ -309,6 +309,10 @@ def stacked(blocks):
     return {name: np.stack([block[name] for block in blocks]) for name in blocks[0]}
 
 
+def part_of(params, i):
+    return {name: array[i] for name, array in params.items()}
+
+
 def cross_entropy(params, batch):
     """Toy models' next-token loss [N] on a batch, over all positions but the last; gradients."""
     n_tokens, size, _ = batch["counts"].shape
@@ -334,14 +338,12 @@ def train_toy(n_heads, n_trigrams, seed, starts, steps, rate, note=None):
     sizes = (n_heads, 2 * n_trigrams + 2, 1)
     params = stacked([gatedref.init_params(*sizes, stream(seed, 3, i)) for i in range(starts)])
 
-    def gradient(params, step):
-        losses, grads = cross_entropy(params, draw(contexts, 60, rng))
-        _watch(note, step, steps, {"loss": losses})
-        return grads
+    def evaluate(params, size, alpha, reopen):
+        losses, grads = cross_entropy(params, draw(contexts, size, rng))
+        return {"loss": losses}, grads
 
-    params = descend(gradient, params, steps, rate)
-    best = np.argmin(cross_entropy(params, draw(contexts, 1000, rng))[0])
-    return {name: array[best] for name, array in params.items()}
+    params, _ = learn(params, evaluate, steps, rate, 60, note=note)
+    return part_of(params, np.argmin(evaluate(params, 1000, 0.0, False)[0]["loss"]))
 
 
 def alpha_at(recipe, progress):
@@ -353,37 +355,35 @@ def alpha_at(recipe, progress):
     return first * (last / first) ** min(1, (progress - free) / (fallen - free))
 
 
-def learn(params, evaluate, variance, steps, rate, size, alpha, reopen=False, note=None):
-    """Trains N gated blocks at once. evaluate(params, size, alpha, reopen) -> a dict of `mse`,
-    `penalty` and `loss` [N] on a batch of that size, and gradients. alpha: of the progress.
-    Returns the parameters, and the curves [step, (error, penalty, alpha), N]."""
+def learn(params, evaluate, steps, rate, size, alpha=lambda u: 0.0, reopen=False, note=None):
+    """Trains N models at once. evaluate(params, size, alpha, reopen) -> a dict of scalars [N] on a
+    batch of that size, one of them `loss`, and gradients. alpha: of the progress, from 0 to 1.
+    Returns the parameters, and the curves [step, (the scalars, alpha), N]."""
     curves = []
 
     def gradient(params, step):
         now = alpha(step / steps)
-        scalars, grads = evaluate(params, size, now * variance, reopen)
-        curves.append([scalars["mse"] / variance, scalars["penalty"], 0 * scalars["mse"] + now])
+        scalars, grads = evaluate(params, size, now, reopen)
+        curves.append([*scalars.values(), 0 * scalars["loss"] + now])
         _watch(note, step, steps, {**scalars, "alpha": now})
         return grads
 
     return descend(gradient, params, steps, rate), np.array(curves)
 
 
-def take_apart(starts, evaluate, variance, recipe, note=None):
-    """Of all starts the gated block with the lowest loss at the end of the search, its penalty
-    counted `choose` times; finished; and its curves."""
-    search = recipe["steps"], recipe["rate"], 40, lambda u: alpha_at(recipe, u), recipe["reopen"]
-    params, curves = learn(stacked(starts), evaluate, variance, *search, note)
-    scalars, _ = evaluate(params, 1000, 0.0, False)
-    best = np.argmin(scalars["mse"] + recipe["choose"] * variance * scalars["penalty"])
-    params = {name: array[best : best + 1] for name, array in params.items()}
-    curves = curves[:, :, best]
+def take_apart(starts, evaluate, recipe, note=None):
+    """Gated blocks: the search from all starts at once, then the finish of the one with the lowest
+    loss, alpha being `choose`; of all, where `choose` is None. Returns what `learn` does."""
+    search = recipe["steps"], recipe["rate"], 40, partial(alpha_at, recipe), recipe["reopen"]
+    params, curves = learn(stacked(starts), evaluate, *search, note)
+    if recipe["choose"] is not None:
+        best = [np.argmin(evaluate(params, 1000, recipe["choose"], False)[0]["loss"])]
+        params, curves = part_of(params, best), curves[:, :, best]
     if recipe["finish_steps"]:
         finish = recipe["finish_steps"], recipe["finish_rate"], 60
-        end = lambda u: recipe["finish_alpha"]
-        params, more = learn(params, evaluate, variance, *finish, end)
-        curves = np.concatenate([curves, more[:, :, 0]])
-    return {name: array[0] for name, array in params.items()}, curves
+        params, more = learn(params, evaluate, *finish, lambda u: recipe["finish_alpha"])
+        curves = np.concatenate([curves, more])
+    return params, curves
 
 
 def variance_of(target, weight):
@@ -398,7 +398,8 @@ def train_gated(toy, n_trigrams, seed, recipe, note=None):
     """A gated block that reproduces a toy block.
 
     Returns its parameters, the options of `gatedref.gated_attention` that it was trained with, the
-    last alpha (absolute), and its training curves [step, (error, penalty, alpha)].
+    last alpha (absolute), and its training curves [step, (error, penalty, loss, alpha)], where
+    error, loss and alpha are in units of the target's variance.
     """
     n_tokens = 2 * n_trigrams + 2
     contexts = sample_contexts(n_trigrams, 5000, stream(seed, 4), recipe["causal"])
@@ -411,8 +412,10 @@ def train_gated(toy, n_trigrams, seed, recipe, note=None):
         return batch, target.reshape(n_tokens, size, n_tokens)
 
     def evaluate(params, size, alpha, reopen):
-        inputs = params, *batch_and_target(size), alpha
-        return fast_loss_and_grad(*inputs, **options, p=recipe["p"], reopen=reopen)
+        inputs = params, *batch_and_target(size), alpha * variance
+        scalars, grads = fast_loss_and_grad(*inputs, **options, p=recipe["p"], reopen=reopen)
+        scalars = {"mse": scalars["mse"] / variance, "penalty": scalars["penalty"]}
+        return {**scalars, "loss": scalars["mse"] + alpha * scalars["penalty"]}, grads
 
     batch, target = batch_and_target(500)
     variance = variance_of(target, batch["weight"])
@@ -425,8 +428,9 @@ def train_gated(toy, n_trigrams, seed, recipe, note=None):
     ]
     if recipe["copies"] is not None:
         starts = [_copies(toy, start, recipe["copies"], rng) for start in starts]
-    params, curves = take_apart(starts, evaluate, variance, recipe, note)
-    return params, options, float(curves[-1, 2] * variance), curves
+    params, curves = take_apart(starts, evaluate, recipe, note)
+    curves = curves[:, :, 0]
+    return part_of(params, 0), options, float(curves[-1, -1] * variance), curves
 
 
 def _copies(toy, start, noise, rng):
@@ -729,7 +733,7 @@ def experiment_sweep(arguments):
         jobs += [make_job(key, seed, few) for key in WIDE for seed in seeds[:5]]
     runs = [run for run, _ in run_all(jobs)]
     runs.sort(key=lambda run: [*VARIANTS, "2 x the heads"].index(run["variant"]))
-    print("\n".join(rates(runs)))
+    print("\n".join(summary(runs, RATES)))
     draw_sweep([run for run in runs if run["variant"] == "default"], arguments.out)
     return runs
 
@@ -742,7 +746,7 @@ def experiment_ablations(arguments):
     jobs = [make_job("3H4T", seed, variants, arguments.quick) for seed in seeds]
     runs = [run for run, _ in run_all(jobs)]
     runs.sort(key=lambda run: list(variants).index(run["variant"]))
-    print("\n".join(rates(runs)))
+    print("\n".join(summary(runs, RATES)))
     draw_ablations(runs, arguments.out)
     return runs
 
@@ -756,11 +760,11 @@ def count_holders(run):
     return counts
 
 
-def grouped(runs, by="variant"):
-    """The runs by variant (or `part`) and setting, in the order of their first."""
+def grouped(runs):
+    """The runs by variant and setting, in the order of their first."""
     groups = {}
     for run in runs:
-        groups.setdefault((run[by], run["key"]), []).append(run)
+        groups.setdefault((run["variant"], run["key"]), []).append(run)
     return groups
 
 
@@ -770,17 +774,43 @@ def table(head, rows):
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
-def rates(runs):
-    """A table of all runs by variant and setting: how many are right, and what becomes of what."""
-    rows = []
-    for (variant, key), group in grouped(runs).items():
-        first = sum(run["redraws"] == 0 and is_superposition(run) for run in group)
-        apart, success = (sum(map(test, group)) for test in (is_taken_apart, is_success))
-        fvu = f"{np.median([run['fvu'] for run in group]):.4f}"
-        holding = np.sum([count_holders(run) for run in group], axis=0)
-        rows.append([variant, key, len(group), first, apart, success, fvu, *holding])
-    head = "recipe", "setting", "runs", "good toys", "taken apart", "success", "unexplained"
-    return table([*head, "one head", "in turn", "distributed", "wrong"], rows)
+def summary(runs, columns):
+    """A table with a line for each variant and setting. columns: name -> what to say of a group."""
+    rows = [
+        [*which, len(group), *(cell(group) for cell in columns.values())]
+        for which, group in grouped(runs).items()
+    ]
+    return table(["variant", "setting", "runs", *columns], rows)
+
+
+def count(test):
+    return lambda group: sum(map(test, group))
+
+
+def counted(count_kinds, *names):
+    """Columns of the sums of what count_kinds(run) -> [n] counts."""
+    cell = lambda i: lambda group: sum(count_kinds(run)[i] for run in group)
+    return {name: cell(i) for i, name in enumerate(names)}
+
+
+def over(name, how=np.median, form=".4f"):
+    """A column of the median, or what `how` makes, of a number that runs have under that name."""
+
+    def cell(group):
+        values = [run[name] for run in group if name in run]
+        return format(how(values), form) if values else ""
+
+    return cell
+
+
+HOLDING = counted(count_holders, "one head", "in turn", "distributed", "wrong")
+RATES = {
+    "good toys": count(lambda run: run["redraws"] == 0 and is_superposition(run)),
+    "taken apart": count(is_taken_apart),
+    "success": count(is_success),
+    "unexplained": over("fvu"),
+    **HOLDING,
+}
 
 
 def experiment_benchmark(arguments):
@@ -910,7 +940,7 @@ def draw_training(results, out):
     names = ("error / variance of the target", "penalty", "alpha (in target variance)")
 
     def paint(figure, axes):
-        for ax, name, column in zip(axes[0], names, range(3)):
+        for ax, name, column in zip(axes[0], names, (0, 1, -1)):
             for (run, rest), colour in zip(results, (BLUE, ORANGE, GREEN)):
                 curve = rest["curves"][:, column]
                 width = max(1, len(curve) // 200)
@@ -919,7 +949,7 @@ def draw_training(results, out):
                 mean = curve[:whole].reshape(-1, width).mean(axis=1)
                 ax.plot(steps, mean, color=colour, label=run["key"])
             ax.set(title=name, xlabel="step")
-            if column < 2:
+            if column >= 0:
                 ax.set_yscale("log")
         axes[0][0].legend(frameon=False)
 
@@ -973,29 +1003,35 @@ def draw_ablations(runs, out):
     groups = {variant: group for (variant, _), group in grouped(runs).items()}
 
     def paint(figure, axes):
-        ax, left = axes[0][0], np.zeros(len(groups))
-        parts = np.transpose([np.sum([*map(count_holders, g)], axis=0) for g in groups.values()])
-        total = parts.sum(axis=0)
-        labels = ("held by one head", "by several in turn", "distributed", "wrong")
-        for part, label, colour in zip(parts, labels, (BLUE, GREEN, ORANGE, GREY)):
-            ax.barh(range(len(groups)), part / total, left=left, color=colour, label=label)
-            left = left + part / total
+        ax = axes[0][0]
+        stacked_bars(ax, groups, HOLDING)
         for i, group in enumerate(groups.values()):
-            ax.text(1.01, i, f"{sum(r['success'] for r in group)}/{len(group)}", va="center")
+            ax.text(1.01, i, f"{count(is_success)(group)}/{len(group)}", va="center")
         ax.text(1.01, -1, "successes", va="center")
-        ax.set_yticks(range(len(groups)), list(groups))
-        ax.invert_yaxis()
         ax.set_xlabel("share of the trigrams")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
 
     picture(out / "ablations.png", 1, 1, (9, 6), paint)
 
 
+def stacked_bars(ax, groups, columns):
+    """For each group a bar of the shares that columns of `summary` have in their sum."""
+    counts = np.array([[cell(group) for cell in columns.values()] for group in groups.values()])
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    starts = np.cumsum(shares, axis=1) - shares
+    for i, (label, colour) in enumerate(zip(columns, (BLUE, GREEN, ORANGE, GREY))):
+        ax.barh(range(len(groups)), shares[:, i], left=starts[:, i], color=colour, label=label)
+    ax.set_yticks(range(len(groups)), list(groups))
+    ax.invert_yaxis()
+
+
 # ------------------------------------------------------------------------------------------------
 # What the method cannot do: three predictions of the discussion under the post, each with a toy of
-# its own, the method on it, and a variant of the method. In the plain form, starts side by side.
+# its own, the method on it, and a variant of the method. In the plain form, starts side by side,
+# all of which are finished; the lowest loss is that with the search's last alpha.
 
-LIMITS = {**RECIPE, "d_head": 2, "starts": 3, "steps": 800, "finish_steps": 300}
+LIMITS = {**RECIPE, "d_head": 2, "starts": 3, "steps": 800, "choose": None, "finish_steps": 300}
+QUICK_LIMITS = {**LIMITS, **QUICK}
 
 
 @primitive
@@ -1028,41 +1064,49 @@ def plainly(objective, sample):
     return evaluate
 
 
+def plain_toy(start, loss, sample, steps, note=None):
+    """A toy's parameters, trained from a start by loss(params, *sample(size))."""
+
+    def objective(params, *batch_and_alpha):
+        return {"loss": anp.reshape(loss(part_of(params, 0), *batch_and_alpha[:-1]), 1)}
+
+    params, _ = learn(stacked([start]), plainly(objective, sample), steps, 0.03, 60, note=note)
+    return part_of(params, 0)
+
+
+def gate_starts(starts, objective, sample, recipe, note=None):
+    """For each start the parameters of the gated block that it becomes, and its scalars."""
+    evaluate = plainly(objective, sample)
+    params, _ = take_apart(starts, evaluate, recipe, note)
+    scalars, _ = evaluate(params, 1000, recipe["alpha"][1], False)
+    return [(part_of(params, i), part_of(scalars, i)) for i in range(len(starts))]
+
+
 def side_by_side(params, x, value_scale=None):
     """N gated blocks [N, H, ...] as the N H heads of one: what each puts out [B, T, N, D], and its
-    gates [B, N, H, query, key]."""
+    gate scores and gates [B, N, H, query, key]."""
     n_blocks, n_heads = params["W_Q"].shape[:2]
     heads = {name: array.reshape((-1, *array.shape[2:])) for name, array in params.items()}
     block = gatedref.gated_attention(heads, x, value_scale=value_scale)
     out = block["result"].reshape((*x.shape[:2], n_blocks, n_heads, -1)).sum(axis=3)
-    return out, block["gate"].reshape((len(x), n_blocks, n_heads, -1, x.shape[1]))
+    of_blocks = len(x), n_blocks, n_heads, x.shape[1], x.shape[1]
+    return out, block["gate_scores"].reshape(of_blocks), block["gate"].reshape(of_blocks)
 
 
-def scalars_of(errors, gates, alpha):
-    """The loss of N blocks: of errors [B, T, N, D], relative to the target's deviation, and gates
-    [B, N, H, query, key]; summed over layers, if there are several."""
-    mse = sum(anp.mean(error * error, axis=(0, 1, 3)) for error in errors)
-    penalty = sum(gatedref.lp_norm(gate, 0.6).mean(axis=(0, 2, 3)) for gate in gates)
-    return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}
+def deviation_of(target):
+    return target.reshape(-1, target.shape[-1]).var(axis=0).mean() ** 0.5
 
 
-def part_of(params, i):
-    return {name: array[i] for name, array in params.items()}
-
-
-def plain_toy(start, loss, sample, steps, note=None):
-    """A toy's parameters, from a start: trained by loss(params, *sample(size))."""
-
-    def objective(params, *batch):
-        return {"loss": anp.reshape(loss(part_of(params, 0), *batch[:-1]), 1)}
-
-    def gradient(params, step):
-        scalars, grads = evaluate(params, 60, 0.0, False)
-        _watch(note, step, steps, scalars)
-        return grads
-
-    evaluate = plainly(objective, sample)
-    return part_of(descend(gradient, stacked([start]), steps, 0.03), 0)
+def scalars_of(errors, scores, gates, alpha):
+    """The scalars of N blocks: lists of errors [B, T, N, D] in units of the target's deviation, of
+    gate scores and of gates [B, N, H, query, key]; the mean, if there are several of a kind. From a
+    score of 1 on there is no gradient in the clamp, so the highest is worth a look."""
+    mse = sum(anp.mean(error**2, axis=(0, 1, 3)) for error in errors) / len(errors)
+    norms = [gatedref.lp_norm(gate, 0.6).mean(axis=(0, 2, 3)) for gate in gates]
+    penalty = sum(norms) / len(norms)
+    highest = np.max([getval(score).max(axis=(0, 2, 3, 4)) for score in scores], axis=0)
+    loss = mse + alpha * penalty
+    return {"mse": mse, "penalty": penalty, "loss": loss, "highest score": highest}
 
 
 def surprise(logits, answers):
@@ -1077,20 +1121,30 @@ def next_token_loss(layers, tokens):
     return surprise(logits[:, :-1], np.eye(logits.shape[2])[tokens[:, 1:]])
 
 
-# 1. Across layers.
+def report(name, jobs, columns, out):
+    """The rows of jobs, their table, and their parameters in a file: those of a setting and variant
+    as one stack, in the order of the rows."""
+    rows = run_all(jobs)
+    params = {
+        f"{key}/{variant}/{parameter}": array
+        for (variant, key), group in grouped(rows).items()
+        for parameter, array in stacked([row.pop("params") for row in group]).items()
+    }
+    write(out / f"{name}.npz", lambda file: np.savez(file, **params))
+    print("\n".join([*summary(rows, columns), ""]))
+    return rows
 
 
-def joined_layers(layers):
-    return {f"{i}/{name}": array for i, layer in enumerate(layers) for name, array in layer.items()}
+def ranked(rows):
+    """The rows of each seed in turn, those with the lowest loss first."""
+    rows = sorted(rows, key=lambda row: (row["seed"], row["loss"]))
+    return [list(starts) for _, starts in itertools.groupby(rows, key=lambda row: row["seed"])]
 
 
-def parted_layers(params):
-    return [{n[2:]: a for n, a in params.items() if n[0] == layer} for layer in "01"]
+FIT = {"unexplained": over("mse"), "highest score": over("highest score", max, ".2f")}
 
 
-def spans(holding, n_heads):
-    """Whether a trigram is held, and only by sets with heads of both layers of n_heads."""
-    return bool(holding) and all(min(heads) < n_heads <= max(heads) for heads in holding)
+# 1. Across layers: first the premise that two heads hold three trigrams, then two layers.
 
 
 def run_premise(job, note=None):
@@ -1101,35 +1155,72 @@ def run_premise(job, note=None):
         blocks["trained"] = train_toy(2, n, stream(seed, n, 12), 1, job["steps"], 0.03, note)
     tokens, _ = gatedref.sample_skip_trigrams(n, 2000, seed=stream(seed, 11))
     rows = []
-    for part, block in blocks.items():
+    for variant, block in blocks.items():
         inputs = partial(forward, [block]), n, stream(seed, 13), 2000 if job["quick"] else 20000
-        row = {"part": part, "key": job["key"], "seed": seed}
-        row |= {"loss": next_token_loss([block], tokens)}
-        rows.append(row | dict(zip(("accuracy", "holders"), measure(*inputs))))
+        accuracy, holding, _ = measure(*inputs)
+        row = {"variant": variant, "key": job["key"], "seed": seed, "n_trigrams": n}
+        row |= {"accuracy": accuracy, "holders": holding, "params": block}
+        row |= {"right": sum(a > 0.99 for a in accuracy), "single": sum(map(has_single, holding))}
+        rows.append({**row, "loss": next_token_loss([block], tokens), "guess": np.log(2 * n + 2)})
     return rows
 
 
+def has_single(sets):
+    return any(len(heads) == 1 for heads in sets)
+
+
+PREMISE = {
+    "right": over("right", np.mean, ".1f"),
+    "most right": over("right", max, "d"),
+    "held by one head": over("single", np.mean, ".1f"),
+    "cross-entropy": over("loss", form=".3f"),
+    "of a guess": over("guess", form=".3f"),
+}
+
+
+def experiment_premise(arguments):
+    """Premise of prediction 1: n heads hold n trigrams, and one more for each pair of them."""
+    quick = arguments.quick
+    more = {"run": run_premise, "quick": quick, "steps": 20 if quick else 1500}
+    jobs = [
+        {**more, "key": f"2H{n}T", "n_trigrams": n, "seed": seed}
+        for n in ((3,) if quick else (3, 4, 5, 6, 7, 8, 10, 20, 30, 50))
+        for seed in range(10 if n <= 8 and not quick else 1)
+    ]
+    return report("premise", jobs, PREMISE, arguments.out)
+
+
+def two_layers(n_heads, d_model, d_head, seeds, d_gate=None):
+    """A start for two layers, as one dict: `0/W_Q`, `1/W_Q`, ...."""
+    layers = [gatedref.init_params(n_heads, d_model, d_head, seed, d_gate) for seed in seeds]
+    return {f"{i}/{name}": array for i in range(2) for name, array in layers[i].items()}
+
+
+def parted_layers(params):
+    return [{n[2:]: a for n, a in params.items() if n[0] == layer} for layer in "01"]
+
+
 def run_two_layers(job, note=None):
-    """A two-layer model. If it has two heads in all and spreads a trigram over them, gated blocks
-    for each layer by itself, and from the same starts for the sum of both layers' outputs."""
+    """A two-layer model. If it is right and needs both layers for a trigram, gated blocks for each
+    layer by itself; of two heads in all, from the same starts, also for the sum of both layers."""
     n_heads, n, seed, recipe = job["n_heads"], job["n_trigrams"], job["seed"], job["recipe"]
-    n_tokens = 2 * n + 2
+    n_tokens, n_gated = 2 * n + 2, recipe["heads"] * n_heads
     pool, _ = gatedref.sample_skip_trigrams(n, 5000, seed=stream(seed, 14))
     rng = np.random.default_rng(stream(seed, 15))
     sample = lambda size: (pool[rng.integers(len(pool), size=size)],)
     loss = lambda params, tokens: next_token_loss(parted_layers(params), tokens)
-    start = [gatedref.init_params(n_heads, n_tokens, 1, stream(seed, n, 16, i)) for i in range(2)]
-    toy = plain_toy(joined_layers(start), loss, sample, job["steps"], note)
+    start = two_layers(n_heads, n_tokens, 1, [stream(seed, n, 16, i) for i in range(2)])
+    toy = plain_toy(start, loss, sample, job["steps"], note)
     layers = parted_layers(toy)
 
-    def told(part, run, width, **more):
-        n_sequences = 2000 if job["quick"] else 10000
-        accuracy, holding, _ = measure(run, n, stream(seed, 17), n_sequences)
-        row = {"part": part, "key": job["key"], "seed": seed, **more, "accuracy": accuracy}
-        return row | {"holders": holding, "spans": [spans(held, width) for held in holding]}
+    def told(variant, model, params, n_heads, scalars):
+        row = {"variant": variant, "key": job["key"], "seed": seed, "n_heads": n_heads, **scalars}
+        sequences = stream(seed, 17), 2000 if job["quick"] else 10000
+        accuracy, holding, _ = measure(model, n, *sequences)
+        return {**row, "accuracy": accuracy, "holders": holding, "params": params}
 
-    rows = [told("two layers", partial(forward, layers), n_heads)]
-    if n_heads > 1 or not (job["quick"] or is_across(rows[0])):
+    rows = [told("two layers", partial(forward, layers), toy, n_heads, {})]
+    if not (job["quick"] or is_across(rows[0])):
         return rows
 
     def inputs(tokens):
@@ -1140,148 +1231,113 @@ def run_two_layers(job, note=None):
 
     _, outs = inputs(pool)
     scales = [float(recipe["value_scale"] * abs(out).max()) for out in outs]
+    deviations = {False: [deviation_of(out) for out in outs], True: [deviation_of(sum(outs))]}
 
-    def objective(params, xs, targets, alpha, together):
+    def objective(params, xs, targets, alpha, summed):
         made = [side_by_side(*trio) for trio in zip(parted_layers(params), xs, scales)]
-        errors = [out - target[:, :, None] for (out, _), target in zip(made, targets)]
-        gates = [gate for _, gate in made]
-        if together:
+        outs, scores, gates = zip(*made)
+        errors = [out - target[:, :, None] for out, target in zip(outs, targets)]
+        if summed:
             errors, gates = [sum(errors)], [anp.concatenate(gates, axis=2)]
-        errors = [error / deviation for error, deviation in zip(errors, deviations[together])]
-        return scalars_of(errors, gates, alpha)
+        errors = [error / deviation for error, deviation in zip(errors, deviations[summed])]
+        return scalars_of(errors, scores, gates, alpha)
 
-    deviations = {True: [sum(outs)], False: outs}
-    for together, targets in deviations.items():
-        deviations[together] = [target.var(axis=(0, 1)).mean() ** 0.5 for target in targets]
-
-    def gated(blocks, tokens):
-        trios = zip(blocks, inputs(tokens)[0], scales)
-        return [gatedref.gated_attention(b, x, value_scale=scale) for b, x, scale in trios]
-
-    def run(blocks, tokens):
-        made = gated(blocks, tokens)
-        logits = np.eye(n_tokens)[tokens] + sum(block["attn_out"] for block in made)
+    def gated_model(params, tokens):
+        xs, _ = inputs(tokens)
+        trios = zip(parted_layers(params), xs, scales)
+        made = [gatedref.gated_attention(block, x, value_scale=scale) for block, x, scale in trios]
+        logits = xs[0] + sum(block["attn_out"] for block in made)
         return logits, np.concatenate([block["result"] for block in made], axis=2)
 
-    sizes = recipe["heads"], n_tokens, recipe["d_head"]
     starts = []
     for i in range(recipe["starts"]):
         seeds = [stream(seed, 18, i, layer) for layer in range(2)]
-        blocks = [gatedref.init_params(*sizes, s, recipe["d_gate"]) for s in seeds]
-        starts.append(joined_layers(blocks))
-    free, fallen = recipe["until"]
-    for part, together, until in (
-        ("each layer gated", False, (free, fallen)),
-        ("gated for the sum", True, (free, fallen)),
-        ("for the sum, alpha at once", True, (0.0, fallen)),
-    ):
-        batches = lambda size: inputs(*sample(size))
-        evaluate, last = plainly(partial(objective, together=together), batches), recipe["alpha"][1]
-        search = recipe["steps"], recipe["rate"], 40, partial(alpha_at, {**recipe, "until": until})
-        params, _ = learn(stacked(starts), evaluate, 1.0, *search, True, note)
-        finish = recipe["finish_steps"], recipe["finish_rate"], 60, lambda u, last=last: last
-        params, _ = learn(params, evaluate, 1.0, *finish)
-        scalars, _ = evaluate(params, 1000, last, False)
-        for i in range(recipe["starts"]):
-            blocks = parted_layers(part_of(params, i))
-            scores = [block["gate_scores"].max() for block in gated(blocks, pool[:500])]
-            more = {"loss": float(scalars["loss"][i]), "highest score": float(max(scores))}
-            more["mse"] = float(scalars["mse"][i]) / len(deviations[together])
-            rows.append(told(part, partial(run, blocks), sizes[0], start=i, **more))
+        starts.append(two_layers(n_gated, n_tokens, recipe["d_head"], seeds, recipe["d_gate"]))
+    at_once = {**recipe, "until": (0, recipe["until"][1])}
+    for variant, summed, changed in (
+        ("each layer gated", False, recipe),
+        ("gated for the sum", True, recipe),
+        ("for the sum, alpha at once", True, at_once),
+    )[: 1 if n_heads > 1 else 3]:
+        inputs_of_batch = lambda size: inputs(*sample(size))
+        trained = partial(objective, summed=summed), inputs_of_batch, changed, note
+        for params, scalars in gate_starts(starts, *trained):
+            model, kept = partial(gated_model, params), {**params, "value_scales": scales}
+            rows.append(told(variant, model, kept, n_gated, scalars))
     return rows
+
+
+def spans(holding, n_heads):
+    """Whether a trigram is held, and only by sets with heads of both layers of n_heads."""
+    return bool(holding) and all(min(heads) < n_heads <= max(heads) for heads in holding)
+
+
+def is_right(row):
+    return min(row["accuracy"]) > 0.99
 
 
 def is_across(row):
     """Whether all trigrams are right, and one at least needs both layers."""
-    return bool(min(row["accuracy"]) > 0.99 and any(row["spans"]))
+    return is_right(row) and any(spans(held, row["n_heads"]) for held in row["holders"])
 
 
-def is_resolved(row):
+def is_apart(row):
     """Whether all trigrams are right, and each is held by one head."""
-    return bool(min(row["accuracy"]) > 0.99 and all(map(has_single, row["holders"])))
+    return is_right(row) and all(map(has_single, row["holders"]))
+
+
+def is_within(row):
+    """Whether all trigrams are right, none needs both layers, and one at least needs two heads."""
+    return is_right(row) and not is_across(row) and not is_apart(row)
+
+
+LAYERS = {"across layers": is_across, "within a layer": is_within, "apart": is_apart}
+
+
+def lowest(group):
+    """What the start with the lowest loss does, of each model's that are right."""
+    best = [starts[0] for starts in ranked(filter(is_right, group))] if "loss" in group[0] else []
+    return ", ".join(str(count(kind)(best)) for kind in LAYERS.values()) if best else ""
+
+
+LAYERS_TABLE = {
+    "all right": count(is_right),
+    **{name: count(kind) for name, kind in LAYERS.items()},
+    "of each model's lowest loss": lowest,
+    **FIT,
+}
 
 
 def experiment_layers(arguments):
     """Prediction 1: what two layers compute together stays together."""
-    quick, recipe = arguments.quick, {**LIMITS, **(QUICK if arguments.quick else {})}
-    more = {"recipe": recipe, "quick": quick, "steps": 20 if quick else 1500}
+    quick, recipe = arguments.quick, QUICK_LIMITS if arguments.quick else LIMITS
+    more = {"run": run_two_layers, "recipe": {**recipe, "finish_alpha": recipe["alpha"][1]}}
+    more |= {"quick": quick, "steps": 20 if quick else 1500}
     jobs = [
-        {"run": run_two_layers, "key": f"{h}+{h}H{n}T", "n_heads": h, "n_trigrams": n, "seed": seed}
-        for h, n in ((2, 7), (1, 3))[quick:]
-        for seed in range(1 if quick else 16)
+        {**more, "key": f"{h}+{h}H{n}T", "n_heads": h, "n_trigrams": n, "seed": seed}
+        for h, n, seeds in ((2, 7, 16), (1, 3, 20))[quick:]
+        for seed in range(1 if quick else seeds)
     ]
-    jobs += [
-        {"run": run_premise, "key": f"2H{n}T", "n_trigrams": n, "seed": seed}
-        for n in ((3,) if quick else (3, 4, 5, 6, 7, 8, 10, 20, 30, 50))
-        for seed in range(10 if n <= 8 and not quick else 1)
-    ]
-    rows = run_all([job | more for job in jobs])
-    print("\n".join([*premise_table(rows), "", *layers_table(rows), ""]))
+    rows = report("layers", jobs, LAYERS_TABLE, arguments.out)
     draw_layers(rows, arguments.out)
     return rows
 
 
-def has_single(sets):
-    return any(len(heads) == 1 for heads in sets)
+def draw_layers(rows, out):
+    groups = [(variant, group) for (variant, key), group in grouped(rows).items() if key[0] == "1"]
 
+    def paint(figure, axes):
+        for ax, (variant, group) in zip(axes[0], groups[1:]):
+            for place, starts in enumerate(ranked(group)):
+                for row in starts:
+                    kinds = [kind(row) for kind in LAYERS.values()]
+                    colour = (ORANGE, GREEN, BLUE)[kinds.index(True)] if any(kinds) else GREY
+                    ax.plot(place, row["loss"], "o", color=colour, ms=5)
+            ax.set(title=variant, xlabel="model", xticks=[], ylim=(0, None))
+        axes[0][0].set_ylabel("loss of each start")
+        figure.suptitle("Orange: across layers. Green: within one. Blue: apart. Grey: not right")
 
-def premise_table(rows):
-    """Of two heads, written down and trained: trigrams a model gets right, and the loss."""
-    cells = []
-    for (part, key), group in grouped(rows, "part").items():
-        if part in ("handmade", "trained"):
-            right = [sum(a > 0.99 for a in row["accuracy"]) for row in group]
-            single = [sum(map(has_single, row["holders"])) for row in group]
-            loss = np.median([row["loss"] for row in group])
-            cells.append([part, key, len(group), f"{np.mean(right):.1f}", max(right)])
-            guess = np.log(2 * len(group[0]["accuracy"]) + 2)
-            cells[-1] += [f"{np.mean(single):.1f}", f"{loss:.3f}", f"{guess:.3f}"]
-    head = "two heads", "setting", "models", "right", "most right", "held by one head"
-    return table([*head, "cross-entropy", "of a guess"], cells)
-
-
-def layers_table(rows):
-    """Of two layers: models and gated blocks that are right, and how many of these hold a trigram
-    across layers, or else by several heads within one, or are apart, each trigram held by one head;
-    and what the start with the lowest loss does, of each model's that are right."""
-    cells = []
-    for (part, key), group in grouped(rows, "part").items():
-        if part not in ("handmade", "trained"):
-            right = [row for row in group if min(row["accuracy"]) > 0.99]
-            cells.append([part, key, len(group), len(right), *kinds(right), "", "", ""])
-            if "loss" in group[0]:
-                best = [starts[0] for starts in ranked(right)]
-                cells[-1][-3:] = ", ".join(map(str, kinds(best))), *fit_and_scores(group)
-    head = "model", "setting", "starts", "all right", "across layers", "within a layer", "apart"
-    more = "lowest loss: across, within, apart", "unexplained", "highest score"
-    return table([*head, *more], cells)
-
-
-def kinds(rows):
-    """How many of these, all of them right, are across layers, within a layer, apart."""
-    across, apart = sum(map(is_across, rows)), sum(map(is_resolved, rows))
-    return across, len(rows) - across - apart, apart
-
-
-def fit_and_scores(rows):
-    """The median error, in variances of the target; and the highest gate score, which from 1 on has
-    no gradient in the clamp."""
-    highest = max(row["highest score"] for row in rows)
-    return f"{np.median([row['mse'] for row in rows]):.4f}", f"{highest:.2f}"
-
-
-def ranked(rows):
-    """The rows of each seed in turn, those with the lowest loss first."""
-    rows = sorted(rows, key=lambda row: (row["seed"], row["loss"]))
-    return [list(starts) for _, starts in itertools.groupby(rows, key=lambda row: row["seed"])]
-
-
-def choices(rows, wanted):
-    """On how many seeds the start with the lowest loss, of these rows, is a wanted one: of all
-    seeds, and of those with rows of both kinds."""
-    found = [[wanted(row) for row in starts] for starts in ranked(rows)]
-    both = [starts for starts in found if any(starts) and not all(starts)]
-    return tuple(f"{sum(starts[0] for starts in some)} of {len(some)}" for some in (found, both))
+    picture(out / "layers.png", 1, 3, (11, 3.4), paint)
 
 
 # 2. Necessary and overlapping: three queries ask for two of the three numbers of a payload.
@@ -1351,73 +1407,99 @@ def half_open(sizes, seed, n_starts):
 
 def run_overlap(job, note=None):
     """Three heads and six that copy exactly; six that learn to; then six of twice the width."""
-    seed, recipe, alpha = job["seed"], job["recipe"], 0.1
-    rng, rows = np.random.default_rng(stream(seed, 20)), []
+    seed, recipe = job["seed"], job["recipe"]
+    rng = np.random.default_rng(stream(seed, 20))
     sample = lambda size: sample_copies(size, rng)
     x, target = sample(2000)
-    deviation = target.var(axis=(0, 1)).mean() ** 0.5
-    tokens = x[..., : len(COPYING)].argmax(axis=2)
+    tokens, deviation = x[..., : len(COPYING)].argmax(axis=2), deviation_of(target)
 
     def objective(params, x, target, alpha):
-        out, gate = side_by_side(params, x)
-        return scalars_of([(out - target[:, :, None]) / deviation], [gate], alpha)
+        out, score, gate = side_by_side(for_copying(params), x)
+        return scalars_of([(out - target[:, :, None]) / deviation], [score], [gate], alpha)
 
-    def shaped_objective(params, *rest):
-        return objective(for_copying(params), *rest)
+    def told(variant, params, scalars):
+        params = for_copying(params)
+        gate = gatedref.gated_attention(params, x)["gate"][:, :, :, 1].transpose(0, 2, 1)
+        gates = [gate[tokens == COPYING[query]].mean(axis=0).tolist() for query in "ABC"]
+        row = {"variant": variant, "key": job["key"], "seed": seed, "gates": gates}
+        return {**row, **scalars, "params": params}
 
-    def told(part, params):
-        scalars = objective(params, x, target, alpha)
-        for i in range(len(params["W_Q"])):
-            block = gatedref.gated_attention(part_of(params, i), x)
-            gate = block["gate"][:, :, :, 1].transpose(0, 2, 1)
-            gates = [gate[tokens == COPYING[query]].mean(axis=0).tolist() for query in "ABC"]
-            row = {"part": part, "key": job["key"], "seed": seed, "start": i, "gates": gates}
-            row |= {name: float(value[i]) for name, value in scalars.items()}
-            rows.append({**row, "highest score": float(block["gate_scores"].max())})
-
-    for part, arrangement in (("three, written down", SHARED), ("six, written down", DISJOINT)):
-        told(part, stacked([copying_block(arrangement)]))
-    for d_head, part in ((1, "six, trained"), (2, "six of twice the width, trained")):
+    rows = []
+    for variant, arrangement in (("three, written down", SHARED), ("six, written down", DISJOINT)):
+        params = copying_block(arrangement)
+        scalars = objective(stacked([params]), x, target, recipe["alpha"][1])
+        rows.append(told(variant, params, part_of(scalars, 0)))
+    for d_head, variant in ((1, "six, trained"), (2, "six of twice the width, trained")):
         starts = half_open((6, D_COPYING, d_head), seed, recipe["starts"])
-        search = recipe["steps"], recipe["rate"], 60, lambda u: alpha, True
-        evaluate = plainly(shaped_objective, sample)
-        params, _ = learn(stacked(starts), evaluate, 1.0, *search, note)
-        told(part, for_copying(params))
+        trained = gate_starts(starts, objective, sample, recipe, note)
+        rows += [told(variant, params, scalars) for params, scalars in trained]
     return rows
 
 
-def experiment_overlap(arguments):
-    """Prediction 2: heads that overlap, each of them necessary for two tasks."""
-    recipe = {**LIMITS, **(QUICK if arguments.quick else {})}
-    more = {"run": run_overlap, "key": "copying", "recipe": recipe}
-    rows = run_all([more | {"seed": seed} for seed in range(1 if arguments.quick else 12)])
-    print("\n".join([*overlap_table(rows), ""]))
-    draw_overlap(rows, arguments.out)
-    return rows
-
-
-def overlap_table(rows):
-    """Of heads that copy without error (FVU < 0.01): how they share the tasks."""
-    cells = []
-    for (part, _), group in grouped(rows, "part").items():
-        fit = [row for row in group if row["mse"] < 0.01]
-        cells.append([part, len(group), len(fit), sum(map(is_shared, fit))])
-        cells[-1] += [sum(map(is_one_a_task, fit)), *choices(fit, is_one_a_task)]
-        cells[-1] += [f"{np.median([row['penalty'] for row in fit] or np.nan):.4f}"]
-        cells[-1] += fit_and_scores(group)
-    head = "heads", "starts", "fit", "a head for two tasks", "one head a task"
-    more = "lowest loss: one head a task", "where starts differ", "penalty of those that fit"
-    return table([*head, *more, "unexplained", "highest score"], cells)
+def is_fit(row):
+    return bool(row["mse"] < 0.01)
 
 
 def is_shared(row):
-    """Whether a head has its gate above 1/2 for two tasks. `gates`: [task, head]."""
-    return bool(((np.array(row["gates"]) > 0.5).sum(axis=0) > 1).any())
+    """Whether a block that fits has a head with its gate above 1/2 for two tasks. `gates`: [task,
+    head]."""
+    return is_fit(row) and bool(((np.array(row["gates"]) > 0.5).sum(axis=0) > 1).any())
 
 
 def is_one_a_task(row):
     opened = np.array(row["gates"]) > 0.5
-    return bool((opened.sum(axis=1) == 1).all() and not is_shared(row) and row["mse"] < 0.01)
+    return is_fit(row) and bool((opened.sum(axis=1) == 1).all()) and not is_shared(row)
+
+
+def choices(group, differ):
+    """On how many seeds the start with the lowest loss, of those that fit, has one head a task: of
+    all seeds, or of those whose starts differ in that."""
+    found = [[*map(is_one_a_task, starts)] for starts in ranked(filter(is_fit, group))]
+    found = [starts for starts in found if not differ or len(set(starts)) == 2]
+    return f"{sum(starts[0] for starts in found)} of {len(found)}"
+
+
+OVERLAP = {
+    "fit": count(is_fit),
+    "a head for two tasks": count(is_shared),
+    "one head a task": count(is_one_a_task),
+    "lowest loss: one head a task": partial(choices, differ=False),
+    "where starts differ": partial(choices, differ=True),
+    "penalty": over("penalty"),
+    **FIT,
+}
+
+
+def experiment_overlap(arguments):
+    """Prediction 2: heads that overlap, each of them necessary for two tasks."""
+    weak = {"alpha": (0.1, 0.1), "until": (0, 1), "finish_alpha": 0.1}
+    recipe = {**(QUICK_LIMITS if arguments.quick else LIMITS), **weak}
+    more = {"run": run_overlap, "key": "copying", "recipe": recipe}
+    jobs = [more | {"seed": seed} for seed in range(1 if arguments.quick else 12)]
+    rows = report("overlap", jobs, OVERLAP, arguments.out)
+    draw_overlap(rows, arguments.out)
+    return rows
+
+
+def draw_overlap(rows, out):
+    groups = {v: group for (v, _), group in grouped(rows).items() if v.endswith("trained")}
+
+    def paint(figure, axes):
+        *maps, dots = axes[0]
+        for place, (ax, (variant, group)) in enumerate(zip(maps, groups.items())):
+            best = min(group, key=lambda row: row["loss"])
+            shown = ax.imshow(best["gates"], cmap="Blues", vmin=0, vmax=1)
+            ax.set_yticks(range(3), "ABC")
+            ax.set(title=f"{variant}, lowest loss", xlabel="head", ylabel="task")
+            for row in filter(is_fit, group):
+                colour = BLUE if is_one_a_task(row) else ORANGE if is_shared(row) else GREY
+                dots.plot(place + row["seed"] / 40 - 0.15, row["loss"], "o", color=colour, ms=4)
+        dots.set_xticks(range(len(maps)), ["six", "six of twice the width"])
+        dots.set(title="loss (blue: one head a task, orange: shared)", xlim=(-0.5, 1.5))
+        dots.set_ylim(0, None)
+        figure.colorbar(shown, ax=maps, shrink=0.6, label="gate")
+
+    picture(out / "overlap.png", 1, 3, (11, 3), paint)
 
 
 # 3. Different sources: two signals among noise, in any order; the answer, at the read-off token, is
@@ -1426,107 +1508,92 @@ def is_one_a_task(row):
 
 N_SIGNALS, N_INPUTS, D_PAIRS = 4, 12, 22
 PAIRS = list(itertools.combinations_with_replacement(range(1, N_SIGNALS + 1), 2))
-
-
-def sample_noise(size, rng):
-    tokens = rng.integers(N_SIGNALS + 1, N_INPUTS, size=(size, 6))
-    tokens[:, -1] = 0
-    return tokens
+MIXED = [p for p, (first, second) in enumerate(PAIRS) if first != second]
 
 
 def sample_pairs(size, rng):
     """tokens [size, 6], of which the last is the read-off token 0; and which of PAIRS they hold."""
-    tokens = sample_noise(size, rng)
+    tokens = rng.integers(N_SIGNALS + 1, N_INPUTS, size=(size, 6))
+    tokens[:, -1] = 0
     answers = rng.integers(len(PAIRS), size=size)
     places = rng.permuted(np.tile(np.arange(5), (size, 1)), axis=1)[:, :2]
     np.put_along_axis(tokens, places, np.array(PAIRS)[answers], axis=1)
     return tokens, answers
 
 
+def between(attend):
+    """Of a block's heads, mixed pairs and noise: how often z at the read-off lies between those of
+    the two pairs of equals, in the same noise."""
+    noise = list(itertools.combinations_with_replacement(range(N_SIGNALS + 1, N_INPUTS), 3))
+    tokens = [[*pair, *others, 0] for pair in PAIRS for others in noise]
+    z = attend(np.eye(D_PAIRS)[tokens])["z"][:, -1].reshape(len(PAIRS), len(noise), -1)
+    inside = []
+    for pair in MIXED:
+        first, second = (z[PAIRS.index((signal, signal))] for signal in PAIRS[pair])
+        inside.append((z[pair] - first) * (z[pair] - second) <= 1e-12)
+    return float(np.mean(inside))
+
+
 def run_sources(job, note=None):
     """A block that names the pair of signals, and gated blocks in its place."""
     seed, recipe = job["seed"], job["recipe"]
     rng, one_hot = np.random.default_rng(stream(seed, 22)), np.eye(D_PAIRS)
-    said = slice(N_INPUTS, None)  # the dimensions of the answers
 
     def loss(params, tokens, answers):
-        out = gatedref.attention(params, one_hot[tokens])["attn_out"][:, -1, said]
+        out = gatedref.attention(params, one_hot[tokens])["attn_out"][:, -1, N_INPUTS:]
         return surprise(out, np.eye(len(PAIRS))[answers])
+
+    tokens, answers = sample_pairs(500 if job["quick"] else 5000, rng)
+    of_pair = [answers == pair for pair in range(len(PAIRS))]
+
+    def told(variant, attend, params, **scalars):
+        """A row. `pattern` and `gates`: at the read-off, of a sequence with each source once."""
+        block, alone = attend(one_hot[tokens]), attend(one_hot[None, [*range(1, N_INPUTS), 0]])
+        right = block["attn_out"][:, -1, N_INPUTS:].argmax(axis=-1) == answers
+        result = block["result"][:, -1, :, N_INPUTS:]
+        held = [gatedref.holders(result[mine], answers[mine]) for mine in of_pair]
+        row = {"variant": variant, "key": job["key"], "seed": seed, **scalars}
+        row |= {"accuracy": [float(right[mine].mean()) for mine in of_pair]}
+        row |= {"holders": [[list(heads) for heads in sets] for sets in held]}
+        for name in ("pattern", "gate"):
+            row |= {name: alone[name][0, :, -1].tolist()} if name in alone else {}
+        return row | {"between": between(attend), "params": params}
 
     for redraws in range(1 if job["quick"] else 10):
         start = gatedref.init_params(4, D_PAIRS, 1, stream(seed, 23, redraws))
         toy = plain_toy(start, loss, lambda size: sample_pairs(size, rng), job["steps"], note)
-        tokens, answers = sample_pairs(500 if job["quick"] else 5000, rng)
-        x = one_hot[tokens]
-        target = gatedref.attention(toy, x)["attn_out"][:, -1]
-        right = target[:, said].argmax(axis=1) == answers
-        if min(right[answers == pair].mean() for pair in range(len(PAIRS))) > 0.99:
+        rows = [told("toy", partial(gatedref.attention, toy), toy, redraws=redraws)]
+        if is_right(rows[0]):
             break
 
     def inputs(size):
         x = one_hot[sample_pairs(size, rng)[0]]
-        return x, gatedref.attention(toy, x)["attn_out"][:, -1]
+        return x, gatedref.attention(toy, x)["attn_out"][:, -1:]
 
-    scale = float(recipe["value_scale"] * abs(target).max())
-    noise = np.tile(sample_noise(200, rng)[:, None, 2:], (1, len(PAIRS), 1))
-    each_pair = np.concatenate([np.tile(PAIRS, (200, 1, 1)), noise], axis=2)
-    each_source = one_hot[None, [*range(1, N_INPUTS), 0]]
-
-    def told(part, attend):
-        """A row. `pattern` and `gates`: at the read-off, of a sequence with each source token once.
-        `between`: of heads, mixed pairs and noise, how often z lies between those of the two pairs
-        of equals."""
-        block, alone = attend(x), attend(each_source)
-        out, result = block["attn_out"][:, -1, said], block["result"][:, -1, :, said]
-        right = out.argmax(axis=-1) == answers
-        mse = ((block["attn_out"][:, -1] - target) ** 2).mean() / target.var(axis=0).mean()
-        of_pair = [answers == pair for pair in range(len(PAIRS))]
-        held = [gatedref.holders(result[mine], answers[mine]) for mine in of_pair]
-        row = {"part": part, "key": job["key"], "seed": seed, "mse": float(mse), "redraws": redraws}
-        row |= {"accuracy": [float(right[mine].mean()) for mine in of_pair]}
-        row |= {"holders": [[list(heads) for heads in sets] for sets in held]}
-        row |= {"pattern": alone["pattern"][0, :, -1].tolist()}
-        if "gate" in alone:
-            row |= {"gates": alone["gate"][0, :, -1].tolist()}
-            row |= {"highest score": float(alone["gate_scores"][0, :, -1].max())}
-        z = attend(one_hot[each_pair.reshape(-1, 6)])["z"][:, -1, :, 0].reshape(200, len(PAIRS), -1)
-        equal = {i: z[:, PAIRS.index((i, i))] for i in range(1, N_SIGNALS + 1)}
-        mixed = [(z[:, p], equal[i], equal[j]) for p, (i, j) in enumerate(PAIRS) if i != j]
-        inside = [(one - first) * (one - second) <= 1e-12 for one, first, second in mixed]
-        return row | {"between": float(np.mean(inside))}
+    _, target = inputs(5000)
+    scale, deviation = float(recipe["value_scale"] * abs(target).max()), deviation_of(target)
 
     def objective(params, x, target, alpha, by_query):
-        out, gate = side_by_side(params, x, scale)
+        out, scores, gate = side_by_side(params, x, scale)
         active = gate[..., -1:, :]
         if by_query:  # how active a head is for the query, whatever the source
             active = active.mean(axis=-1, keepdims=True)
-        return scalars_of([(out[:, -1:] - target[:, None, None]) / deviation], [active], alpha)
+        error = (out[:, -1:] - target[:, :, None]) / deviation
+        return scalars_of([error], [scores[..., -1:, :]], [active], alpha)
 
-    rows = [told("toy", partial(gatedref.attention, toy))]
-    deviation = target.var(axis=0).mean() ** 0.5
-    free = {"alpha": (1e-12, 1e-12), "choose": 0.0, "finish_alpha": 0.0}
-    for part, times, by_query, changes in (
+    free = {"alpha": (1e-12, 1e-12), "finish_alpha": 0.0}
+    for variant, times, by_query, changes in (
         ("2 x the heads", 2, False, {}),
         ("3 x the heads", 3, False, {}),
         ("3 x, no penalty", 3, False, free),
         ("3 x, penalty by query", 3, True, {}),
     ):
         starts = half_open((4 * times, D_PAIRS, 1), seed, recipe["starts"])
-        evaluate = plainly(partial(objective, by_query=by_query), inputs)
-        params, _ = take_apart(starts, evaluate, 1.0, {**recipe, **changes}, note)
-        rows.append(told(part, partial(gatedref.gated_attention, params, value_scale=scale)))
-    return rows
-
-
-def experiment_sources(arguments):
-    """Prediction 3: heads that work together on different source tokens."""
-    weak = {"d_head": 1, "d_gate": 1, "alpha": (0.05, 0.03), "choose": 0.03, "finish_alpha": 0.01}
-    recipe = {**LIMITS, **weak, **(QUICK if arguments.quick else {})}
-    more = {"run": run_sources, "key": "pairs", "recipe": recipe, "quick": arguments.quick}
-    more |= {"steps": 20 if arguments.quick else 2000}
-    rows = run_all([more | {"seed": seed} for seed in range(1 if arguments.quick else 10)])
-    print("\n".join(sources_table(rows)))
-    draw_sources(rows, arguments.out)
+        trained = partial(objective, by_query=by_query), inputs, {**recipe, **changes}, note
+        made = gate_starts(starts, *trained)
+        params, scalars = min(made, key=lambda start: start[1]["loss"])
+        attend = partial(gatedref.gated_attention, params, value_scale=scale)
+        rows.append(told(variant, attend, {**params, "value_scale": scale}, **scalars))
     return rows
 
 
@@ -1543,102 +1610,53 @@ def own_attention(row):
     """Of the attention that holders of a mixed pair pay to the four signals, the mean share that
     the pair's own two get; half, if they do not care."""
     shares = []
-    for (i, j), sets in zip(PAIRS, row["holders"]):
-        for head in sets[0] if sets and i != j else []:
+    for pair in MIXED:
+        for head in (row["holders"][pair] or [[]])[0]:
             signals = row["pattern"][head][:N_SIGNALS]  # of the tokens from 1 on
-            shares.append((signals[i - 1] + signals[j - 1]) / sum(signals))
+            shares.append(sum(signals[signal - 1] for signal in PAIRS[pair]) / sum(signals))
     return np.mean(shares or np.nan)
 
 
-def sources_table(rows):
-    """Of a block's ten pairs: how many one head holds, how many sets of two, or more; on how many
-    of the read-off's twelve (query, key) pairs of tokens several gates are open (above 0.01)."""
-    cells = []
-    for (part, _), group in grouped(rows, "part").items():
-        sets = np.sum([count_sets(row) for row in group], axis=0)
-        between = f"{min(row['between'] for row in group):.1%}"
-        attention = f"{np.mean([own_attention(row) for row in group]):.2f}"
-        mixed = [sets for row in group for (i, j), sets in zip(PAIRS, row["holders"]) if i != j]
-        one_head = sum(map(has_single, mixed))
-        cells.append([part, len(group), *sets, one_head, attention, between, "", "", ""])
-        if "gates" in group[0]:
-            opened = [(np.array(row["gates"]) > 0.01).sum(axis=0) for row in group]
-            several = f"{np.mean([(heads > 1).sum() for heads in opened]):.1f}"
-            cells[-1][-3:] = several, *fit_and_scores(group)
-    head = "block", "blocks", "one head", "two", "three or more", "wrong", "mixed, one head"
-    more = "own attention", "between", "several gates open", "unexplained", "highest score"
-    return table([*head, *more], cells)
+def several_open(group):
+    """On how many of the read-off's twelve pairs of tokens several gates are open (above 0.01)."""
+    opened = [(np.array(row["gate"]) > 0.01).sum(axis=0) for row in group if "gate" in row]
+    return f"{np.mean([(heads > 1).sum() for heads in opened]):.1f}" if opened else ""
 
 
-def draw_layers(rows, out):
-    colours = {"handmade": PINK, "trained": BLUE}
-
-    def paint(figure, axes):
-        loss, right, starts = axes[0]
-        for row in rows:
-            n, part = len(row["accuracy"]), row["part"]
-            if part in colours:
-                look = {"color": colours[part], "label": part if row["seed"] + n == 3 else None}
-                loss.plot(n, row["loss"], "o", ms=4, **look)
-                beside = n + row["seed"] / 20 - 0.2
-                if part == "trained":
-                    right.plot(beside, sum(a > 0.99 for a in row["accuracy"]), "o", ms=4, **look)
-        loss.set(title="cross-entropy of two heads", xlabel="trigrams", ylim=(0, None))
-        loss.legend(frameon=False)
-        right.axhline(3, color=GREY, ls="--", lw=0.8)
-        right.set(title="trained two heads: trigrams right", xlabel="trigrams (dashed: the count)")
-        gated = [row for row in rows if row["part"] == "gated for the sum"]
-        for place, group in enumerate(ranked(gated)):
-            for row in group:
-                wrong = min(row["accuracy"]) <= 0.99
-                colour = GREY if wrong else ORANGE if is_across(row) else BLUE
-                starts.plot(place, row["loss"], "o", color=colour, ms=5)
-        starts.set(title="gated for the sum: loss of every start", ylim=(0, None))
-        starts.set(xlabel="model (blue: none across layers, orange: some)", xticks=[])
-
-    picture(out / "layers.png", 1, 3, (11, 3.4), paint)
+SETS = counted(count_sets, "one head", "two", "three or more", "wrong")
+SOURCES = {
+    **SETS,
+    "mixed, one head": lambda group: sum(has_single(r["holders"][p]) for r in group for p in MIXED),
+    "own attention": lambda group: f"{np.mean([*map(own_attention, group)]):.2f}",
+    "between": over("between", min, ".1%"),
+    "several gates open": several_open,
+    **FIT,
+}
 
 
-def draw_overlap(rows, out):
-    def paint(figure, axes):
-        *maps, dots = axes[0]
-        groups = {part: group for (part, _), group in grouped(rows, "part").items()}
-        trained = [part for part in groups if part.endswith("trained")]
-        for place, part in enumerate(trained):
-            group = groups[part]
-            ax, best = maps[place], min(group, key=lambda row: row["loss"])
-            shown = ax.imshow(best["gates"], cmap="Blues", vmin=0, vmax=1)
-            ax.set_yticks(range(3), "ABC")
-            ax.set(title=f"{part}, lowest loss", xlabel="head", ylabel="task")
-            for row in group:
-                if row["mse"] < 0.01:
-                    colour = BLUE if is_one_a_task(row) else ORANGE if is_shared(row) else GREY
-                    dots.plot(place + row["seed"] / 40 - 0.15, row["loss"], "o", color=colour, ms=4)
-        dots.set_xticks(range(len(maps)), ["six", "six of twice the width"])
-        dots.set(title="loss (blue: one head a task, orange: shared)", xlim=(-0.5, 1.5))
-        dots.set_ylim(0, None)
-        figure.colorbar(shown, ax=maps, shrink=0.6, label="gate")
-
-    picture(out / "overlap.png", 1, 3, (11, 3), paint)
+def experiment_sources(arguments):
+    """Prediction 3: heads that work together on different source tokens."""
+    weak = {"alpha": (0.05, 0.03), "finish_alpha": 0.01}
+    recipe = {**(QUICK_LIMITS if arguments.quick else LIMITS), **weak}
+    more = {"run": run_sources, "key": "pairs", "recipe": recipe, "quick": arguments.quick}
+    more |= {"steps": 20 if arguments.quick else 2000}
+    jobs = [more | {"seed": seed} for seed in range(1 if arguments.quick else 10)]
+    rows = report("sources", jobs, SOURCES, arguments.out)
+    draw_sources(rows, arguments.out)
+    return rows
 
 
 def draw_sources(rows, out):
+    groups = {variant: group for (variant, _), group in grouped(rows).items()}
+
     def paint(figure, axes):
         bars, toy, gated = axes[0]
-        groups = {part: group for (part, _), group in grouped(rows, "part").items()}
-        left = np.zeros(len(groups))
-        parts = np.transpose([np.sum([*map(count_sets, g)], axis=0) for g in groups.values()])
-        labels = ("one head", "two heads", "three or more", "wrong")
-        for part, label, colour in zip(parts, labels, (BLUE, GREEN, ORANGE, GREY)):
-            bars.barh(range(len(groups)), part, left=left, color=colour, label=label)
-            left = left + part
-        bars.set_yticks(range(len(groups)), list(groups))
-        bars.invert_yaxis()
-        bars.set_xlabel("pairs of signals")
+        stacked_bars(bars, groups, SETS)
+        bars.set_xlabel("share of the pairs of signals")
         bars.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-        for ax, part, name in ((toy, "toy", "pattern"), (gated, "3 x the heads", "gates")):
-            ax.imshow(groups[part][0][name], cmap="Blues", aspect="auto", vmin=0, vmax=1)
-            ax.set(title=f"{part}: {name} at the read-off", xlabel="source token", ylabel="head")
+        for ax, variant, name in ((toy, "toy", "pattern"), (gated, "3 x the heads", "gate")):
+            ax.imshow(groups[variant][0][name], cmap="Blues", aspect="auto", vmin=0, vmax=1)
+            ax.set(title=f"{variant}: {name} at the read-off", xlabel="source token", ylabel="head")
             ax.set_xticks(range(N_INPUTS), [*range(1, N_INPUTS), 0])
             ax.yaxis.get_major_locator().set_params(integer=True)
 
@@ -1653,11 +1671,12 @@ EXPERIMENTS = {
     "sweep": experiment_sweep,
     "ablations": experiment_ablations,
     "benchmark": experiment_benchmark,
+    "premise": experiment_premise,
     "layers": experiment_layers,
     "overlap": experiment_overlap,
     "sources": experiment_sources,
 }
-GROUPS = {"limits": ["layers", "overlap", "sources"]}
+GROUPS = {"limits": ["premise", "layers", "overlap", "sources"]}
 
 
 def write(path, fill):
