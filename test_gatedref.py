@@ -2375,6 +2375,37 @@ def test_on_a_mixed_pair_a_head_lies_between_what_it_does_on_the_two_pairs_of_eq
     assert (abs(first - second) > 1e-3).any()
 
 
+def test_what_counts_as_between_the_two_pairs_of_equals():
+    def attend(x):
+        signals = x[..., 1:5].sum(axis=1)  # [B, signal]
+        inside, outside = signals @ np.arange(4), (signals > 0).sum(axis=1)
+        z = np.stack([inside, outside], axis=1)[:, None, :, None]
+        return {"z": np.concatenate([0 * z, z], axis=1)}
+
+    assert train.between(attend) == 0.5
+
+
+def test_how_the_pairs_of_signals_are_told():
+    holding = [[[0]], [[0, 1], [1, 2]], [[0], [1]], [], [[0, 1, 2, 3]], [[2]], [[1, 2]]]
+    holding += [[[1]], [[3]], [[0]]]
+    pattern = np.zeros((4, 12))
+    pattern[:, :4] = [[4, 1, 2, 3], [2, 2, 4, 2], [0, 0, 0, 1], [1, 1, 1, 1]]
+    pattern[:, 4:] = 7  # noise and the read-off, which do not count
+    row = {"accuracy": [1.0] * 9 + [0.99], "holders": holding, "pattern": pattern.tolist()}
+    assert train.count_sets(row) == [5, 2, 2, 1]
+    # Heads 0 and 1 on (1, 2); 0 on (1, 3); 2 on (2, 3); 1 and 2 on (2, 4); 3 on (3, 4).
+    assert [pair for pair in train.PAIRS if pair[0] != pair[1]] == [
+        train.PAIRS[place] for place in (1, 2, 3, 5, 6, 8)
+    ]
+    assert train.own_attention(row) == pytest.approx(np.mean([0.5, 0.4, 0.6, 0.0, 0.4, 1.0, 0.5]))
+    gates = np.zeros((3, 12))
+    gates[:2, :5] = 0.02
+    gates[0, 5:] = 1
+    gates[1, 6] = 0.01
+    rows = [{"gate": gates.tolist()}, {"gate": np.ones((3, 12)).tolist()}, {}]
+    assert train.several_open(rows) == "8.5" and train.several_open([{}]) == ""
+
+
 def test_blocks_side_by_side_are_each_block_by_itself():
     toy, tokens, n_tokens = toy_and_tokens()
     x, several = np.eye(n_tokens)[tokens], []
