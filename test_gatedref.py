@@ -2458,25 +2458,20 @@ def test_what_spans_two_layers():
         assert not any(test(wrong) for test in train.LAYERS.values())
 
 
-def test_the_loss_chooses_among_the_starts_of_each_seed_that_fit():
-    one_a_task, shared = np.eye(3), np.ones((3, 3))
-    starts = ((0, 2, one_a_task), (0, 1, shared), (1, 1, one_a_task), (1, 2, shared))
-    rows = [{"seed": s, "loss": loss, "gates": gates, "mse": 0} for s, loss, gates in starts]
-    rows.append({"seed": 2, "loss": 1, "gates": one_a_task, "mse": 0})
-    rows.append({"seed": 2, "loss": 0, "gates": shared, "mse": 0.01})
-    assert train.choices(rows, differ=False) == "2 of 3"
-    assert train.choices(rows, differ=True) == "1 of 2"
+def test_on_how_many_seeds_the_one_kind_of_start_is_lower_in_loss_than_the_other():
+    starts = ((0, 2, "a"), (0, 1, "b"), (1, 1, "a"), (1, 2, "b"), (2, 1, "a"), (2, 0, "c"))
+    rows = [{"seed": seed, "loss": loss, "kind": kind} for seed, loss, kind in starts]
+    is_a, is_b, is_c = (lambda row, kind=kind: row["kind"] == kind for kind in "abc")
+    assert train.below(is_a, is_b)(rows) == "1 of 2"
+    assert train.below(is_a, is_c)(rows) == "0 of 1"
+    assert train.below(is_c, is_b)(rows) == "0 of 0"
 
 
-def test_of_each_model_the_right_start_with_the_lowest_loss_is_told():
-    holding = {"across layers": [[0, 1]], "within a layer": [[1, 2]], "apart": [[0]]}
-    starts = [(0, 1, 1.0, "apart"), (0, 0, 0.9, "across layers"), (0, 2, 1.0, "within a layer")]
-    starts += [(1, 1, 1.0, "apart"), (1, 0, 1.0, "across layers")]
-    rows = [
-        {"seed": s, "loss": loss, "accuracy": [right], "holders": [holding[kind]], "n_heads": 1}
-        for s, loss, right, kind in starts
-    ]
-    assert train.lowest(rows) == "1, 0, 1"
+def test_what_is_apart_in_the_second_layer_alone():
+    row = {"accuracy": [1.0, 1.0], "n_heads": 2}
+    assert train.is_late({**row, "holders": [[[2], [3]], [[2]]]})
+    assert not train.is_late({**row, "holders": [[[1], [3]], [[2]]]})
+    assert not train.is_late({**row, "holders": [[[2, 3]], [[2]]]})
 
 
 def test_a_summary_has_a_line_for_each_variant_and_setting():

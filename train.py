@@ -1136,9 +1136,21 @@ def report(name, jobs, columns, out):
 
 
 def ranked(rows):
-    """The rows of each seed in turn, those with the lowest loss first."""
-    rows = sorted(rows, key=lambda row: (row["seed"], row["loss"]))
+    """The rows of each seed in turn, those with the lowest loss first (toys have none)."""
+    rows = sorted(rows, key=lambda row: (row["seed"], row.get("loss", 0)))
     return [list(starts) for _, starts in itertools.groupby(rows, key=lambda row: row["seed"])]
+
+
+def below(wanted, other):
+    """A column: on how many seeds, of those with rows of both kinds, a wanted one's loss is the
+    lowest."""
+
+    def cell(group):
+        starts = ranked([row for row in group if wanted(row) or other(row)])
+        both = [rows for rows in starts if len({*map(wanted, rows)}) == 2]
+        return f"{sum(wanted(rows[0]) for rows in both)} of {len(both)}"
+
+    return cell
 
 
 FIT = {"unexplained": over("mse"), "highest score": over("highest score", max, ".2f")}
@@ -1294,16 +1306,18 @@ def is_within(row):
 LAYERS = {"across layers": is_across, "within a layer": is_within, "apart": is_apart}
 
 
-def lowest(group):
-    """What the start with the lowest loss does, of each model's that are right."""
-    best = [starts[0] for starts in ranked(filter(is_right, group))] if "loss" in group[0] else []
-    return ", ".join(str(count(kind)(best)) for kind in LAYERS.values()) if best else ""
+def is_late(row):
+    """Whether they are apart in heads of the second layer alone, which reads what the first wrote
+    in the original, finished."""
+    return is_apart(row) and all(min(min(held)) >= row["n_heads"] for held in row["holders"])
 
 
 LAYERS_TABLE = {
     "all right": count(is_right),
     **{name: count(kind) for name, kind in LAYERS.items()},
-    "of each model's lowest loss": lowest,
+    "in layer 2 alone": count(is_late),
+    "apart below across": below(is_apart, is_across),
+    "apart below within": below(is_apart, is_within),
     **FIT,
 }
 
@@ -1451,20 +1465,11 @@ def is_one_a_task(row):
     return is_fit(row) and bool((opened.sum(axis=1) == 1).all()) and not is_shared(row)
 
 
-def choices(group, differ):
-    """On how many seeds the start with the lowest loss, of those that fit, has one head a task: of
-    all seeds, or of those whose starts differ in that."""
-    found = [[*map(is_one_a_task, starts)] for starts in ranked(filter(is_fit, group))]
-    found = [starts for starts in found if not differ or len(set(starts)) == 2]
-    return f"{sum(starts[0] for starts in found)} of {len(found)}"
-
-
 OVERLAP = {
     "fit": count(is_fit),
     "a head for two tasks": count(is_shared),
     "one head a task": count(is_one_a_task),
-    "lowest loss: one head a task": partial(choices, differ=False),
-    "where starts differ": partial(choices, differ=True),
+    "lower in loss": below(is_one_a_task, lambda row: is_fit(row) and not is_one_a_task(row)),
     "penalty": over("penalty"),
     **FIT,
 }
