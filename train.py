@@ -1645,7 +1645,7 @@ def experiment_sources(arguments):
     recipe = {**(QUICK_LIMITS if arguments.quick else LIMITS), **weak}
     more = {"run": run_sources, "key": "pairs", "recipe": recipe, "quick": arguments.quick}
     more |= {"steps": 20 if arguments.quick else 2000}
-    jobs = [more | {"seed": seed} for seed in range(1 if arguments.quick else 10)]
+    jobs = [more | {"seed": seed} for seed in range(1 if arguments.quick else 30)]
     rows = report("sources", jobs, SOURCES, arguments.out)
     draw_sources(rows, arguments.out)
     return rows
