@@ -1495,16 +1495,17 @@ def draw_overlap(rows, out):
             best = min(group, key=lambda row: row["loss"])
             shown = ax.imshow(best["gates"], cmap="Blues", vmin=0, vmax=1)
             ax.set_yticks(range(3), "ABC")
-            ax.set(title=f"{variant}, lowest loss", xlabel="head", ylabel="task")
+            ax.set(title=variant, xlabel="head", ylabel="task")
             for row in filter(is_fit, group):
                 colour = BLUE if is_one_a_task(row) else ORANGE if is_shared(row) else GREY
                 dots.plot(place + row["seed"] / 40 - 0.15, row["loss"], "o", color=colour, ms=4)
         dots.set_xticks(range(len(maps)), ["six", "six of twice the width"])
-        dots.set(title="loss (blue: one head a task, orange: shared)", xlim=(-0.5, 1.5))
-        dots.set_ylim(0, None)
+        dots.set(title="loss of all that fit", xlim=(-0.5, 1.5), ylim=(0, None))
         figure.colorbar(shown, ax=maps, shrink=0.6, label="gate")
+        told = "Gates of the lowest loss. Blue: one head a task, orange: one for two, grey: else"
+        figure.suptitle(told)
 
-    picture(out / "overlap.png", 1, 3, (11, 3), paint)
+    picture(out / "overlap.png", 1, 3, (11, 3.4), paint)
 
 
 # 3. Different sources: two signals among noise, in any order; the answer, at the read-off token, is
