@@ -2027,9 +2027,9 @@ def test_a_stuck_gate_gets_a_gradient_back_inside_only_with_reopen():
     target = np.ones_like(rows["counts"])
     params["W_gate_Q"], params["W_gate_K"] = 0 * params["W_gate_Q"], 0 * params["W_gate_K"]
     params["b_gate_K"] += 1
-    for score, wanted in ((-2.0, -1), (3.0, 1)):
+    for score, wanted in ((-0.5, -1), (1.5, 1)):
         params["b_gate_Q"][:] = score
-        alpha = 0 if score < 0 else 1e3
+        alpha = 0 if score < 0 else 1
         for sign in (1, -1):  # the head helps, or harms
             head = {"W_O": 0 * params["W_O"] + sign, "b_V": 0 * params["b_V"] + 1}
             inputs = train.stacked([{**params, **head}]), rows, target, alpha
@@ -2052,6 +2052,25 @@ def test_above_1_a_gate_that_is_not_clamped_has_its_gradient_with_or_without_reo
     free = train.fast_loss_and_grad(*inputs, activation=activation, reopen=True)[1]
     for name in shut:
         np.testing.assert_array_equal(free[name], shut[name])
+
+
+def test_a_batch_is_of_rows_with_their_next_tokens_and_weighs_as_the_sequences_do():
+    tokens, _ = gatedref.sample_skip_trigrams(3, 40, seed=5)
+    contexts = train.sample_contexts(3, 40, seed=5)
+    expected = [[] for _ in range(8)]
+    for sequence in tokens:
+        for t, token in enumerate(sequence):
+            row = np.bincount(sequence[: t + 1], minlength=8)
+            expected[token].append((*row, sequence[t + 1] if t < 10 else -1))
+    batch = train.draw(contexts, 7, np.random.default_rng(0))
+    for token, rows in enumerate(expected):
+        n = contexts["n_rows"][token]
+        after = contexts["after"][token, :n, None]
+        found = np.concatenate([contexts["counts"][token, :n], after], axis=1)
+        assert found.tolist() == [list(row) for row in rows]
+        drawn = np.concatenate([batch["counts"][token], batch["after"][token, :, None]], axis=1)
+        assert {tuple(row) for row in drawn} <= set(rows) and len({*map(tuple, drawn)}) > 1
+        np.testing.assert_allclose(batch["weight"][token], len(rows) / tokens.size / 7)
 
 
 def test_the_toy_learns_on_the_cross_entropy_of_the_next_token():
