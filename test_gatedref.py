@@ -2301,6 +2301,15 @@ def test_a_run_that_diverges_says_where_and_writes_nothing(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trigram_is_distributed_if_it_is_right_and_no_head_holds_it_alone():
+    assert train.is_distributed(0.991, [[0, 1]]) and train.is_distributed(1.0, [])
+    assert not train.is_distributed(0.99, [[0, 1]])
+    assert not train.is_distributed(1.0, [[0], [1]])
+    toy = {"accuracy_toy": [1.0, 0.991], "holders_toy": [[[0, 1]], [[0]]]}
+    assert train.is_superposition(toy)
+    assert not train.is_superposition({**toy, "accuracy_toy": [1.0, 0.99]})
+
+
 def test_success_asks_for_all_of_accuracy_one_head_each_and_little_unexplained():
     run = {"accuracy_gated": [1.0, 0.995], "holders_gated": [[[0]], [[2]]], "n_trigrams": 2}
     run |= {"accuracy_toy": [1.0, 0.995], "holders_toy": [[[0]], [[0, 1]]], "fvu": 0.01}
