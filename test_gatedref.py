@@ -2100,6 +2100,12 @@ def test_the_toy_learns_on_the_cross_entropy_of_the_next_token():
         np.testing.assert_allclose(grads[name][0], expected[name], rtol=0, atol=1e-12)
 
 
+def test_alpha_is_0_then_falls_geometrically_to_its_last_value():
+    recipe = {"alpha": (20.0, 5.0), "until": (0.2, 0.6)}
+    alphas = [train.alpha_at(recipe, progress) for progress in (0, 0.19, 0.2, 0.4, 0.6, 0.9)]
+    assert alphas == pytest.approx([0, 0, 20, 10, 5, 5])
+
+
 @pytest.mark.parametrize("choose, best", [(3.0, [1]), (8.0, [0]), (None, [0, 1])])
 def test_of_the_starts_the_one_is_finished_whose_loss_is_lowest_by_the_stated_weight(choose, best):
     def evaluate(params, size, alpha, reopen):
