@@ -2329,6 +2329,12 @@ def test_success_asks_for_all_of_accuracy_one_head_each_and_little_unexplained()
         assert not train.is_success({**run, "holders_gated": held})
 
 
+def test_how_many_trigrams_one_head_holds_several_in_turn_or_none():
+    holding = [[[0]], [[1], [2]], [[1], [2], [3]], [[0, 1]], [], [[0]], [[4]]]
+    run = {"accuracy_gated": [1.0] * 5 + [0.99, 0.991], "holders_gated": holding}
+    assert train.count_holders(run) == [2, 2, 2, 1]
+
+
 # ------------------------------------------------------------------------------------------------
 # train.py: what the method cannot do
 
@@ -2461,6 +2467,29 @@ def test_blocks_side_by_side_are_each_block_by_itself():
             np.testing.assert_allclose(grads[name][i], expected[name], rtol=0, atol=1e-14)
         scores = gatedref.gated_attention(params, x)["gate_scores"]
         assert scalars["highest score"][i] == pytest.approx(scores.max(), rel=1e-13)
+
+
+def test_the_scalars_of_several_targets_are_means_and_the_score_the_highest():
+    rng = np.random.default_rng(0)
+    errors = [rng.normal(size=(3, 4, 2, 5)) for _ in range(2)]  # of two blocks
+    scores = [rng.normal(size=(3, 2, 6, 4, 4)) for _ in range(2)]
+    gates = [abs(score) for score in scores]
+    scalars = train.scalars_of(errors, scores, gates, 0.25)
+    for i in range(2):
+        mse = np.mean([np.mean(error[:, :, i] ** 2) for error in errors])
+        penalty = np.mean([gatedref.lp_penalty(gate[:, i]) for gate in gates])
+        assert scalars["mse"][i] == pytest.approx(mse, rel=1e-12)
+        assert scalars["penalty"][i] == pytest.approx(penalty, rel=1e-12)
+        assert scalars["loss"][i] == pytest.approx(mse + 0.25 * penalty, rel=1e-12)
+        assert scalars["highest score"][i] == max(score[:, i].max() for score in scores)
+
+
+def test_the_deviation_and_the_cross_entropy_of_the_limits():
+    target = np.array([[[1.0, 0.0], [3.0, 0.0]], [[1.0, 4.0], [3.0, 4.0]]])  # [B, T, D]
+    assert train.deviation_of(target) == pytest.approx(2.5**0.5)
+    logits = np.log([[[2.0, 1.0, 1.0]], [[1.0, 6.0, 1.0]]]) + 800
+    answers = np.eye(3)[[[0], [2]]]
+    assert train.surprise(logits, answers) == pytest.approx((np.log(2) + np.log(8)) / 2)
 
 
 def test_reopening_is_the_clamp_with_a_gradient_that_points_back_inside():
