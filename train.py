@@ -718,6 +718,8 @@ ABLATIONS = {
     "no finish": {"finish_steps": 0},
     "d_gate 1": {"d_gate": 1},
     **{f"d_head {n}": {"d_head": n} for n in (1, 2)},
+    "d_head 1, value_scale 8": {"d_head": 1, "value_scale": 8.0},  # the most that d_head 4 can gain
+    "value_scale 0.5": {"value_scale": 0.5},
     "chosen at the last alpha": {"choose": RECIPE["alpha"][1]},
     **{name: {"activation": name} for name in ("relu", "tanh", "binary")},
     "copies with noise": {"copies": 0.3},
