@@ -21,9 +21,9 @@ and the second the key (source).
 Arrays may be float64, float32 or integers, which are taken as floats, and lists will do. Results
 have the type of what came in; where float types are mixed, each operation takes the wider, as NumPy
 does, and a gradient has the type of its parameter. Anything else, a wrong name or shape, NaN or
-infinity raises a ValueError that names the argument (a TypeError where its Python type is wrong):
-broadcasting never turns a wrong shape into a number. What overflows on the way is not caught: it
-gives infinity or NaN, with NumPy's warning.
+infinity raises a ValueError that names the argument (a TypeError where params is no dict or a flag
+no bool): broadcasting never turns a wrong shape into a number. What overflows on the way is not
+caught: it gives infinity or NaN, with NumPy's warning.
 
 Source: Mathwin, Akar and Sharkey, "Gated Attention Blocks: Preliminary Progress toward Removing
 Attention Head Superposition" (April 2024), called "the post" below, and the code published with it.
@@ -112,7 +112,7 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
     or less counts as the constant 1e-12, in the derivative too. In the published block `b_V` is
     left as it is, and a head can grow that instead. `value_scale` closes the hole: a number > 0, by
     which `W_V` and `b_V` are multiplied once each column of the two together (`b_V` as one more
-    row) has norm 1.
+    row) has norm 1. As the K columns may be parallel, a head's gain is K value_scale at most.
 
     params: those of `attention`, and `W_gate_Q W_gate_K` [H, D, G], `b_gate_Q b_gate_K` [H, G].
     x: [B, T, D]. activation, of a gate score s: "clamp", whose derivative is 1 on all of [0, 1],
@@ -142,7 +142,8 @@ def _attend_gated(params, x, activation, value_scale):
 
 
 def normalised(params, value_scale=None):
-    """The `W_V`, `b_V` and `W_O` a gated block computes with, of arguments checked elsewhere."""
+    """The dict of `W_V`, `b_V` and `W_O` that `gated_attention` computes with, by its formula and
+    of its shapes; [N, H, ...] will do, too. The caller has checked the arguments."""
     W_O = _unit(params["W_O"], axis=-1)
     if value_scale is None:
         return {"W_V": _unit(params["W_V"], axis=-2), "b_V": params["b_V"], "W_O": W_O}
@@ -221,7 +222,8 @@ def _penalty(gate, p, causal):
 
 
 def lp_norm(gate, p):
-    """(sum over heads of gate^p)^(1/p), of [..., H, query, key] that were checked elsewhere."""
+    """The norm in `lp_penalty`: (sum over h of gate^p)^(1/p), [..., H, query, key] -> [..., query,
+    key]. The caller has checked the arguments."""
     return _power(_power(gate, p).sum(axis=-3), 1 / p)
 
 
@@ -258,7 +260,7 @@ def loss_and_grad(
     params, x, target, alpha, *, activation="clamp", value_scale=None, p=0.6, causal=False
 ):
     """The dict of `loss`, and the gradient: d loss / d parameter, a dict with the keys, shapes and
-    types of `params`. Arguments, options and errors are those of `loss`."""
+    types of `params`. Arguments, options, errors and source are those of `loss`."""
     given = params, x, target, alpha, activation, value_scale, p, causal
     params, *others = _checked_loss(*given)
 
@@ -319,6 +321,7 @@ def transformer(layers, tokens, *, activation="clamp", value_scale=None):
     integers [B, T] in [0, V). The options are those of `gated_attention`, for every gated layer.
     Returns a dict of `logits` [B, T, V] and `blocks`, the list of each layer's intermediates.
     ValueError: no layers; layers whose D differ; tokens that are not as above; as the two blocks.
+    TypeError: a layer that is no dict.
     Source: the toy model of the post, for any number of layers.
     """
     if not isinstance(getval(layers), (list, tuple)) or len(layers) == 0:
@@ -490,7 +493,7 @@ def cases():
     where `_CASES`, else `_DRAWS`, else -127, 255, 1/128 are the three numbers. A one-hot x is drawn
     as tokens [B, T]. No entry has more than 8 significant bits: float32, TF32 and bfloat16 hold it.
     Gate scores are odd multiples of 1/16, so that no rounding flips a clamp, but in `gate_edges`:
-    there they are multiples of 1/4, and often exactly 0 or 1.
+    there they are multiples of 1/4, and often exactly 0 or 1. Source: this reference's own.
     """
     for name, (state, sizes, alpha, own) in _CASES.items():
         sizes, arrays = dict(zip("BTHDKG", sizes)), {}
@@ -536,6 +539,7 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     rtol: None, or a number in [0, 1). strict: True to compare also the gradients that pass through
     gates of exactly 0 or 1, `W_gate_* b_gate_* x` in `gate_edges`: there frameworks differ.
     ValueError: an unknown name, another type or shape, NaN, infinity (unless float16 overflows).
+    TypeError: a case that is no Case, a strict that is no bool. Source: this reference's own.
     """
     if not isinstance(case, Case) or not isinstance(strict, bool):
         raise TypeError(f"case must be a Case, strict a bool, got {type(case)} and {strict!r}")

@@ -2438,6 +2438,11 @@ def test_how_the_pairs_of_signals_are_told():
         train.PAIRS[place] for place in (1, 2, 3, 5, 6, 8)
     ]
     assert train.own_attention(row) == pytest.approx(np.mean([0.5, 0.4, 0.6, 0.0, 0.4, 1.0, 0.5]))
+    gate = np.ones((4, 12))
+    gate[0, [0, 2]] = 0.5, 0  # of head 0 the signals count 2, 1, 0 and 3; head 3 sees none
+    gate[3, :4] = 0
+    shares = [0.5, 0.4, 2 / 6, 0.0, 0.4, 1.0]
+    assert train.own_attention({**row, "gate": gate.tolist()}) == pytest.approx(np.mean(shares))
     gates = np.zeros((3, 12))
     gates[:2, :5] = 0.02
     gates[0, 5:] = 1
@@ -2514,6 +2519,8 @@ def test_what_spans_two_layers():
     assert not train.spans([[0, 1]], 2) and not train.spans([[0, 1], [0, 2]], 2)
     two = {"accuracy": [1.0, 1.0], "n_heads": 2}
     kinds = {"across layers": [[1, 2]], "within a layer": [[2, 3]], "apart": [[0], [1]]}
+    twice = {**two, "holders": [[[1]], [[1]]]}  # one head for two trigrams
+    assert train.is_within(twice) and not train.is_apart(twice)
     for kind, holding in kinds.items():
         row = {**two, "holders": [[[1]], holding]}
         assert [name for name, test in train.LAYERS.items() if test(row)] == [kind]
@@ -2535,6 +2542,7 @@ def test_what_is_apart_in_the_second_layer_alone():
     assert train.is_late({**row, "holders": [[[2], [3]], [[2]]]})
     assert not train.is_late({**row, "holders": [[[1], [3]], [[2]]]})
     assert not train.is_late({**row, "holders": [[[2, 3]], [[2]]]})
+    assert not train.is_late({**row, "holders": [[[2]], [[2]]]})
 
 
 def test_a_summary_has_a_line_for_each_variant_and_setting():

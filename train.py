@@ -375,13 +375,14 @@ def take_apart(starts, evaluate, recipe, note=None):
     """Gated blocks: the search from all starts at once, then the finish of the one with the lowest
     loss, alpha being `choose`; of all, where `choose` is None. Returns what `learn` does."""
     search = recipe["steps"], recipe["rate"], 40, partial(alpha_at, recipe), recipe["reopen"]
-    params, curves = learn(stacked(starts), evaluate, *search, note)
+    params, curves = learn(stacked(starts), evaluate, *search, portion(note, 0, 2))
     if recipe["choose"] is not None:
         best = [np.argmin(evaluate(params, 1000, recipe["choose"], False)[0]["loss"])]
         params, curves = part_of(params, best), curves[:, :, best]
     if recipe["finish_steps"]:
         finish = recipe["finish_steps"], recipe["finish_rate"], 60
-        params, more = learn(params, evaluate, *finish, lambda u: recipe["finish_alpha"])
+        weak = {"alpha": lambda u: recipe["finish_alpha"], "note": portion(note, 1, 2)}
+        params, more = learn(params, evaluate, *finish, **weak)
         curves = np.concatenate([curves, more])
     return params, curves
 
@@ -451,6 +452,11 @@ def _watch(note, step, steps, scalars):
     if note and step % max(1, steps // 100) == 0:
         means = {name: float(np.mean(value)) for name, value in scalars.items()}
         note({"done": step / steps, "step": step, **means})
+
+
+def portion(note, number, parts):
+    """What tells how far the whole has come, for one of its parts."""
+    return note and (lambda told: note({**told, "done": (number + told["done"]) / parts}))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -529,18 +535,13 @@ def is_success(run):
 def run_setting(job, note=None):
     """A toy model, and a gated block for each variant of the recipe. Returns for each the run, as
     results.json tells it, and the rest."""
-
-    def part(number):  # of the whole job, for the progress line
-        parts = 1 + len(job["variants"])
-        return note and (lambda told: note({**told, "done": (number + told["done"]) / parts}))
-
     began = time.perf_counter()
     n_heads, n_trigrams, seed = job["n_heads"], job["n_trigrams"], job["seed"]
-    n_sequences = 2000 if job["quick"] else 20000
+    n_sequences, parts = 2000 if job["quick"] else 20000, 1 + len(job["variants"])
     toy_recipe = {**TOY, **(QUICK_TOY if job["quick"] else {})}
     for redraws in range(1 if job["quick"] else 10):
         toy_seed = stream(seed, n_heads, n_trigrams, redraws)
-        toy = train_toy(n_heads, n_trigrams, toy_seed, **toy_recipe, note=part(0))
+        toy = train_toy(n_heads, n_trigrams, toy_seed, **toy_recipe, note=portion(note, 0, parts))
         inputs = partial(forward, [toy]), n_trigrams, stream(seed, 7), n_sequences
         accuracy, holding, toy_outputs = measure(*inputs)
         if is_superposition({"accuracy_toy": accuracy, "holders_toy": holding}):
@@ -551,7 +552,7 @@ def run_setting(job, note=None):
         began = time.perf_counter()
         recipe = {**RECIPE, **(QUICK if job["quick"] else {}), **changes}
         gated_seed = stream(seed, n_heads, n_trigrams, 8)
-        inputs = toy, n_trigrams, gated_seed, recipe, part(number)
+        inputs = toy, n_trigrams, gated_seed, recipe, portion(note, number, parts)
         gated, options, alpha, curves = train_gated(*inputs)
         model = partial(forward, [gated], **options)
         after = measure(model, n_trigrams, stream(seed, 9), n_sequences)
@@ -859,7 +860,7 @@ def time_steps(job, note=None):
 # ------------------------------------------------------------------------------------------------
 # Pictures: one look for all, in the colours of Okabe and Ito, which the colour-blind can tell apart
 
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8A8A8A"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8A8A8A"
 
 
 def picture(path, rows, columns, size, paint, **options):
@@ -1224,7 +1225,7 @@ def run_two_layers(job, note=None):
     sample = lambda size: (pool[rng.integers(len(pool), size=size)],)
     loss = lambda params, tokens: next_token_loss(parted_layers(params), tokens)
     start = two_layers(n_heads, n_tokens, 1, [stream(seed, n, 16, i) for i in range(2)])
-    toy = plain_toy(start, loss, sample, job["steps"], note)
+    toy = plain_toy(start, loss, sample, job["steps"], portion(note, 0, 4))
     layers = parted_layers(toy)
 
     def told(variant, model, params, n_heads, scalars):
@@ -1268,14 +1269,14 @@ def run_two_layers(job, note=None):
         seeds = [stream(seed, 18, i, layer) for layer in range(2)]
         starts.append(two_layers(n_gated, n_tokens, recipe["d_head"], seeds, recipe["d_gate"]))
     at_once = {**recipe, "until": (0, recipe["until"][1])}
-    for variant, summed, changed in (
+    variants = (
         ("each layer gated", False, recipe),
         ("gated for the sum", True, recipe),
         ("for the sum, alpha at once", True, at_once),
-    )[: 1 if n_heads > 1 else 3]:
-        inputs_of_batch = lambda size: inputs(*sample(size))
-        trained = partial(objective, summed=summed), inputs_of_batch, changed, note
-        for params, scalars in gate_starts(starts, *trained):
+    )[: 1 if n_heads > 1 else 3]
+    for number, (variant, summed, changed) in enumerate(variants, 1):
+        trained = partial(objective, summed=summed), lambda size: inputs(*sample(size)), changed
+        for params, scalars in gate_starts(starts, *trained, portion(note, number, 4)):
             model, kept = partial(gated_model, params), {**params, "value_scales": scales}
             rows.append(told(variant, model, kept, n_gated, scalars))
     return rows
@@ -1296,12 +1297,15 @@ def is_across(row):
 
 
 def is_apart(row):
-    """Whether all trigrams are right, and each is held by one head."""
-    return is_right(row) and all(map(has_single, row["holders"]))
+    """Whether all trigrams are right, and each has a head of its own that holds it."""
+    singles = [[heads[0] for heads in held if len(heads) == 1] for held in row["holders"]]
+    own = any(len({*heads}) == len(heads) for heads in itertools.product(*singles))
+    return is_right(row) and own
 
 
 def is_within(row):
-    """Whether all trigrams are right, none needs both layers, and one at least needs two heads."""
+    """Whether all trigrams are right, but neither so: within a layer heads share a trigram, or one
+    head holds two."""
     return is_right(row) and not is_across(row) and not is_apart(row)
 
 
@@ -1309,8 +1313,8 @@ LAYERS = {"across layers": is_across, "within a layer": is_within, "apart": is_a
 
 
 def is_late(row):
-    """Whether they are apart in heads of the second layer alone, which reads what the first wrote
-    in the original, finished."""
+    """Whether they are apart, held by heads of the second layer alone, which reads what the first
+    wrote in the original, finished."""
     return is_apart(row) and all(min(min(held)) >= row["n_heads"] for held in row["holders"])
 
 
@@ -1445,9 +1449,9 @@ def run_overlap(job, note=None):
         params = copying_block(arrangement)
         scalars = objective(stacked([params]), x, target, recipe["alpha"][1])
         rows.append(told(variant, params, part_of(scalars, 0)))
-    for d_head, variant in ((1, "six, trained"), (2, "six of twice the width, trained")):
-        starts = half_open((6, D_COPYING, d_head), seed, recipe["starts"])
-        trained = gate_starts(starts, objective, sample, recipe, note)
+    for number, variant in enumerate(("six, trained", "six of twice the width, trained")):
+        starts = half_open((6, D_COPYING, number + 1), seed, recipe["starts"])
+        trained = gate_starts(starts, objective, sample, recipe, portion(note, number, 2))
         rows += [told(variant, params, scalars) for params, scalars in trained]
     return rows
 
@@ -1569,7 +1573,8 @@ def run_sources(job, note=None):
 
     for redraws in range(1 if job["quick"] else 10):
         start = gatedref.init_params(4, D_PAIRS, 1, stream(seed, 23, redraws))
-        toy = plain_toy(start, loss, lambda size: sample_pairs(size, rng), job["steps"], note)
+        sample = partial(sample_pairs, rng=rng)
+        toy = plain_toy(start, loss, sample, job["steps"], portion(note, 0, 5))
         rows = [told("toy", partial(gatedref.attention, toy), toy, redraws=redraws)]
         if is_right(rows[0]):
             break
@@ -1590,15 +1595,16 @@ def run_sources(job, note=None):
         return scalars_of([error], [scores[..., -1:, :]], [active], alpha)
 
     free = {"alpha": (1e-12, 1e-12), "finish_alpha": 0.0}
-    for variant, times, by_query, changes in (
+    variants = (
         ("2 x the heads", 2, False, {}),
         ("3 x the heads", 3, False, {}),
         ("3 x, no penalty", 3, False, free),
         ("3 x, penalty by query", 3, True, {}),
-    ):
+    )
+    for number, (variant, times, by_query, changes) in enumerate(variants, 1):
         starts = half_open((4 * times, D_PAIRS, 1), seed, recipe["starts"])
-        trained = partial(objective, by_query=by_query), inputs, {**recipe, **changes}, note
-        made = gate_starts(starts, *trained)
+        trained = partial(objective, by_query=by_query), inputs, {**recipe, **changes}
+        made = gate_starts(starts, *trained, portion(note, number, 5))
         params, scalars = min(made, key=lambda start: start[1]["loss"])
         attend = partial(gatedref.gated_attention, params, value_scale=scale)
         rows.append(told(variant, attend, {**params, "value_scale": scale}, **scalars))
@@ -1615,13 +1621,14 @@ def count_sets(row):
 
 
 def own_attention(row):
-    """Of the attention that holders of a mixed pair pay to the four signals, the mean share that
-    the pair's own two get; half, if they do not care."""
+    """Of the attention, gated if there is a gate, that holders of a mixed pair pay to the four
+    signals, if to any, the mean share that the pair's own two get; half, if they do not care."""
+    seen = np.multiply(row["pattern"], row.get("gate", 1))[:, :N_SIGNALS]  # of the tokens from 1 on
     shares = []
     for pair in MIXED:
         for head in (row["holders"][pair] or [[]])[0]:
-            signals = row["pattern"][head][:N_SIGNALS]  # of the tokens from 1 on
-            shares.append(sum(signals[signal - 1] for signal in PAIRS[pair]) / sum(signals))
+            own, paid = sum(seen[head, signal - 1] for signal in PAIRS[pair]), seen[head].sum()
+            shares += [own / paid] if paid > 0 else []
     return np.mean(shares or np.nan)
 
 
@@ -1664,7 +1671,7 @@ def draw_sources(rows, out):
         bars.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         for ax, variant, name in ((toy, "toy", "pattern"), (gated, "3 x the heads", "gate")):
             ax.imshow(groups[variant][0][name], cmap="Blues", aspect="auto", vmin=0, vmax=1)
-            ax.set(title=f"{variant}: {name} at the read-off", xlabel="source token", ylabel="head")
+            ax.set(title=f"{variant}, seed 0: {name}", xlabel="source token", ylabel="head")
             ax.set_xticks(range(N_INPUTS), [*range(1, N_INPUTS), 0])
             ax.yaxis.get_major_locator().set_params(integer=True)
 
