@@ -1102,8 +1102,8 @@ def deviation_of(target):
 
 def scalars_of(errors, scores, gates, alpha):
     """The scalars of N blocks: lists of errors [B, T, N, D] in units of the target's deviation, of
-    gate scores and of gates [B, N, H, query, key]; the mean, if there are several of a kind. From a
-    score of 1 on there is no gradient in the clamp, so the highest is worth a look."""
+    gate scores and of gates [B, N, H, query, key]; the mean, if there are several of a kind. Above
+    a score of 1 there is no gradient in the clamp, so the highest is worth a look."""
     mse = sum(anp.mean(error**2, axis=(0, 1, 3)) for error in errors) / len(errors)
     norms = [gatedref.lp_norm(gate, 0.6).mean(axis=(0, 2, 3)) for gate in gates]
     penalty = sum(norms) / len(norms)
