@@ -2398,6 +2398,7 @@ def test_who_shares_and_who_serves_one_task():
 def test_a_pair_of_signals_is_among_the_tokens_and_nothing_else_but_noise():
     tokens, answers = train.sample_pairs(300, np.random.default_rng(0))
     assert len(train.PAIRS) == len(set(answers)) == 10
+    assert tokens.shape == (300, 6) and set(tokens.ravel()) == set(range(12))
     for sequence, answer in zip(tokens, answers):
         assert tuple(sorted(t for t in sequence if 1 <= t <= 4)) == train.PAIRS[answer]
         assert sequence[-1] == 0 and (sequence[:-1] > 0).all()
