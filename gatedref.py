@@ -541,7 +541,7 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     ValueError: an unknown name, another type or shape, NaN, infinity (unless float16 overflows).
     TypeError: a case that is no Case, a strict that is no bool. Source: this reference's own.
     """
-    if not isinstance(case, Case) or not isinstance(strict, bool):
+    if not isinstance(case, Case) or not isinstance(strict, (bool, np.bool_)):
         raise TypeError(f"case must be a Case, strict a bool, got {type(case)} and {strict!r}")
     if rtol is not None:
         _number("rtol", rtol, "None or a number in [0, 1)", lambda r: 0 <= r < 1)
@@ -596,9 +596,9 @@ def _computed(name, value, want):
         bfloat16 = "bfloat16" in str(getattr(value, "dtype", ""))  # a type that NumPy lacks
         if bfloat16:
             value = value.float() if hasattr(value, "float") else value.astype(np.float32)
-        array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as problem:
         raise ValueError(f"{name} must be an array of floats: {problem}") from None
+    array = _array(name, value)
     if array.dtype.name not in ("float16", "float32", "float64") or array.shape != np.shape(want):
         got = f"{array.dtype} of shape {array.shape}"
         raise ValueError(f"{name} must be floats of shape {np.shape(want)}, got {got}")
@@ -696,10 +696,12 @@ def _named(params, axes):
 
 
 def _array(name, value):
+    if type(value).__module__.startswith("numpy.ma"):  # the mask would be dropped
+        raise ValueError(f"{name} must be an array without a mask, got {type(value)}")
     try:
         return np.asarray(value)
-    except ValueError as ragged:
-        raise ValueError(f"{name} must be an array, got {type(value)}: {ragged}") from None
+    except (TypeError, ValueError, RuntimeError) as problem:  # ragged, or of another library
+        raise ValueError(f"{name} must be an array, got {type(value)}: {problem}") from None
 
 
 def _tokens(name, value, letters, n_tokens):

@@ -4,12 +4,14 @@ SPDX-License-Identifier: MIT. Copyright (c) 2026 the gatedref authors.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
 import queue
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -259,6 +261,14 @@ def test_gate_scores_are_exact_where_their_sums_are(total):
     assert out["gate_scores"].item() == total
     assert out["gate"].item() == min(max(total, 0), 1)
     assert out["gated_pattern"].item() == min(max(total, 0), 1)
+
+
+def test_a_norm_of_exactly_1e_minus_12_counts_as_a_constant():
+    def written(w):
+        return gatedref.gated_attention(one_head(1, W_V=w), [[[1, 0]]])["attn_out"].sum()
+
+    slope = grad(written)(np.array([[[1e-12], [0.0]]]))
+    assert slope.ravel() == pytest.approx([1e12, 0], rel=1e-13)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -898,6 +908,19 @@ def test_16_heads_are_tried_and_17_are_refused():
         gatedref.holders(np.zeros((1, 17, 3)), [0])
 
 
+def test_holders_tell_outputs_apart_however_small():
+    for size in (1e-300, 1e-20, 1, 1e300):
+        assert gatedref.holders(size * np.array([[[0, 1], [0, 0]]]), [1]) == [(0,)]
+
+
+def test_holders_need_no_more_memory_for_more_sequences():
+    tracemalloc.start()
+    gatedref.holders(np.zeros((100, 14, 3)), [0] * 100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32 * 2**20  # all at a time would be 37.5 MiB of sums, and as much for copies
+
+
 # ------------------------------------------------------------------------------------------------
 # The door
 
@@ -1140,6 +1163,45 @@ def test_the_door_is_there_while_autograd_differentiates():
 
 CASES = {case.name: case for case in gatedref.cases()}
 ENDS = ("attn_out", "mse", "penalty", "loss", "grads")  # all that many ports can show
+
+def test_the_axes_of_a_gate_are_named_in_their_order():
+    for axis, letter in enumerate("BHTT"):
+        shape = [2, 3, 4, 4]
+        shape[axis] = 0
+        with pytest.raises(ValueError, match=f"gate has 0 along {letter}"):
+            gatedref.lp_penalty(np.ones(shape))
+
+
+def test_a_layer_of_the_wrong_python_type_is_a_type_error():
+    for wrong in (None, 3, "W_Q", np.ones(3)):
+        with pytest.raises(TypeError, match="layers must be a list of parameter dicts"):
+            gatedref.transformer([wrong], [[0]])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint64, np.int64])
+def test_integers_of_any_kind_are_taken_down_to_the_least(kind):
+    one, zero = kind(1), kind(0)
+    sizes = {"n_heads": 1, "d_model": 1, "d_head": 1, "d_gate": 1, "seed": 0}
+    given = {name: kind(size) for name, size in sizes.items()}
+    assert_same(gatedref.init_params(**given), gatedref.init_params(**sizes))
+    sampled = gatedref.sample_skip_trigrams(one, one, one, zero)
+    assert_same(sampled, gatedref.sample_skip_trigrams(1, 1, 1, 0))
+    gate, options = np.ones((1, 1, 2, 2)), {"p": one}
+    assert gatedref.lp_penalty(gate.astype(kind), **options) == gatedref.lp_penalty(gate, p=1)
+    args = well_formed("transformer")
+    whole = {**args, "tokens": args["tokens"].astype(kind)}
+    assert_same(call("transformer", whole), call("transformer", args))
+    params, x = randoms(GATED), randoms("BTD")
+    assert gatedref.loss(params, x, x, one)["loss"] == gatedref.loss(params, x, x, 1)["loss"]
+
+
+@pytest.mark.parametrize("wrong", [1j, 2 + 0j, np.complex128(3 + 1j)])
+def test_a_complex_number_is_no_count_and_no_option(wrong):
+    with pytest.raises(ValueError, match="n_trigrams must be a whole number"):
+        gatedref.handmade_superposition(wrong)
+    with pytest.raises(ValueError, match="p must be a finite number"):
+        gatedref.lp_penalty(np.ones((1, 1, 1, 1)), wrong)
+
 
 # ------------------------------------------------------------------------------------------------
 # The conformance kit: wrong blocks are caught, each a line or two away from this one
@@ -1697,6 +1759,61 @@ def test_the_other_arguments_are_checked():
         gatedref.assert_matches(DENSE, got, strict="no")
 
 
+def test_with_an_rtol_of_0_the_very_same_numbers_pass():
+    gatedref.assert_matches(DENSE, DENSE.expected, rtol=0)
+
+
+def test_a_number_that_differs_alone_is_named_without_a_place_and_without_others():
+    with pytest.raises(AssertionError, match=r"^dense: loss is 9, should be .* is allowed$"):
+        gatedref.assert_matches(DENSE, {"loss": 9.0})
+
+
+def test_what_was_got_is_named_where_it_is_no_dict_of_known_names():
+    for wrong in (None, {}, [], ["loss"], "loss", {"los": 1.0}):
+        with pytest.raises(ValueError, match=r"^got must be a dict of any of"):
+            gatedref.assert_matches(DENSE, wrong)
+    for wrong in (None, {}, ["x"], np.zeros(3), {"W": 1.0}):
+        with pytest.raises(ValueError, match=r"^got\['grads'\] must be a dict of any of"):
+            gatedref.assert_matches(DENSE, {"grads": wrong})
+
+
+@pytest.mark.parametrize("problem", [TypeError, ValueError, RuntimeError])
+def test_an_array_that_cannot_be_read_is_a_value_error(problem):
+    class Elsewhere:  # such as one on a GPU
+        def __array__(self, dtype=None, copy=None):
+            raise problem("not here")
+
+    class Attached(Elsewhere):
+        def detach(self):
+            raise problem("not detached")
+
+    for array, told in ((Elsewhere(), "not here"), (Attached(), "not detached")):
+        with pytest.raises(ValueError, match=f"^q must be an array.*: {told}"):
+            gatedref.assert_matches(DENSE, {"q": array})
+    with pytest.raises(ValueError, match="^x must be an array.*: not here"):
+        gatedref.attention({n: DENSE.params[n] for n in UNGATED}, Elsewhere())
+    with pytest.raises(ValueError, match="^alpha must be an array.*: not here"):
+        gatedref.loss(DENSE.params, DENSE.x, DENSE.target, Elsewhere())
+
+
+def test_a_masked_array_is_refused_and_not_read_without_its_mask():
+    hidden = np.ma.masked_array(DENSE.x, mask=DENSE.x > 0)
+    with pytest.raises(ValueError, match="^x must be an array without a mask"):
+        gatedref.loss(DENSE.params, hidden, DENSE.target, 0.1)
+    with pytest.raises(ValueError, match="^q must be an array without a mask"):
+        gatedref.assert_matches(DENSE, {"q": np.ma.masked_array(DENSE.expected["q"])})
+    for p in (np.ma.masked, np.ma.masked_array(1.0, mask=True)):
+        with pytest.raises(ValueError, match="^p must be an array without a mask"):
+            gatedref.lp_penalty(np.ones((1, 1, 1, 1)), p)
+
+
+def test_the_place_of_a_nan_is_told_and_not_that_of_a_masked_score():
+    scores = DENSE.expected["attn_scores"].copy()
+    scores[1, 2, 4, 0] = np.nan
+    with pytest.raises(ValueError, match=r"attn_scores must be finite.* \[1, 2, 4, 0\]$"):
+        gatedref.assert_matches(DENSE, {"attn_scores": scores})
+
+
 # ------------------------------------------------------------------------------------------------
 # The conformance kit: the cases
 
@@ -1907,6 +2024,38 @@ def test_the_command_writes_every_case_and_the_same_bytes_on_every_run(tmp_path)
         assert failed.returncode == 2 and failed.stderr.startswith(f"cannot write {wrong[0]}: ")
         assert failed.stderr.count("\n") == 1
     assert command("--what").returncode == command("a.npz", "b.npz").returncode == 2
+
+
+ARGUMENTS_OF_THE_CASES = {
+    "one_hot": "8305ed7b5bd15036",
+    "dense": "7bde8d51f3374f6b",
+    "equal_sizes": "26dbaea7d44d4eb2",
+    "one_position": "315e0bd93f68d938",
+    "one_head": "80d0b1da350326b1",
+    "large_scores": "d751d9be4c436c28",
+    "large_b_V": "d36d0a3e3a1901b0",
+    "tiny_norms": "63d7484edfe83d08",
+    "all_closed": "789ebeaae5bef987",
+    "gate_edges": "dde0f092c5f3346a",
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_arguments_of_a_case_never_change_by_a_bit(case):
+    arrays = *case.params.values(), case.x, case.target, np.array(case.alpha)
+    told = hashlib.sha256(b"".join(a.astype("<f8").tobytes() for a in arrays)).hexdigest()
+    assert told[:16] == ARGUMENTS_OF_THE_CASES[case.name]
+
+
+def test_the_command_lists_the_sizes_of_the_cases():
+    for flag in ([], ["-h"], ["--help"]):
+        program = [sys.executable, gatedref.__file__, *flag]
+        listed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+        for case in CASES.values():
+            (B, T, D), (H, _, K) = case.x.shape, case.params["W_Q"].shape
+            sizes = {"B": B, "T": T, "H": H, "D": D, "K": K, "G": case.params["b_gate_Q"].shape[1]}
+            line = [case.name, *(f"{axis}={size}" for axis, size in sizes.items())]
+            assert line in [row.split() for row in listed.splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------
