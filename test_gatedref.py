@@ -2640,7 +2640,7 @@ def test_the_scalars_of_several_targets_are_means_and_the_score_the_highest():
 
 
 def test_the_deviation_and_the_cross_entropy_of_the_limits():
-    target = np.array([[[1.0, 0.0], [3.0, 0.0]], [[1.0, 4.0], [3.0, 4.0]]])  # [B, T, D]
+    target = np.array([[[1.0, 0.0], [3.0, 0.0], [1.0, 4.0], [3.0, 4.0]]])  # [B, T, D]
     assert train.deviation_of(target) == pytest.approx(2.5**0.5)
     logits = np.log([[[2.0, 1.0, 1.0, 1e-200]], [[1.0, 6.0, 1.0, 1e200]]])
     logits[1] -= [0, 0, 0, 2000]  # so that neither end of a row overflows, nor do large logits
