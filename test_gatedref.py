@@ -2568,7 +2568,7 @@ def test_on_a_mixed_pair_a_head_lies_between_what_it_does_on_the_two_pairs_of_eq
 def test_what_counts_as_between_the_two_pairs_of_equals():
     def attend(x):
         signals = x[..., 1:5].sum(axis=1)  # [B, signal]
-        inside, outside = signals @ (np.arange(4) - 9), (signals > 0).sum(axis=1)
+        inside, outside = signals @ [-9, -8, 1, 9], (signals > 0).sum(axis=1)
         z = np.stack([inside, outside], axis=1)[:, None, :, None]
         return {"z": np.concatenate([0 * z, z], axis=1)}
 
@@ -2642,9 +2642,9 @@ def test_the_scalars_of_several_targets_are_means_and_the_score_the_highest():
 def test_the_deviation_and_the_cross_entropy_of_the_limits():
     target = np.array([[[1.0, 0.0], [3.0, 0.0], [1.0, 4.0], [3.0, 4.0]]])  # [B, T, D]
     assert train.deviation_of(target) == pytest.approx(2.5**0.5)
-    logits = np.log([[[2.0, 1.0, 1.0, 1e-200]], [[1.0, 6.0, 1.0, 1e200]]])
-    logits[1] -= [0, 0, 0, 2000]  # so that neither end of a row overflows, nor do large logits
-    logits, answers = logits + 800, np.eye(4)[[[0], [2]]]
+    logits = np.log([[[2.0, 1.0, 1.0, 1e-200], [1.0, 6.0, 1.0, 1e200]]])
+    logits[0, 1] -= [0, 0, 0, 2000]  # so that neither end of a row overflows, nor do large logits
+    logits, answers = logits + 800, np.eye(4)[[[0, 2]]]
     assert train.surprise(logits, answers) == pytest.approx((np.log(2) + np.log(8)) / 2)
 
 
