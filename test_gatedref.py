@@ -2570,7 +2570,7 @@ def test_what_counts_as_between_the_two_pairs_of_equals():
         signals = x[..., 1:5].sum(axis=1)  # [B, signal]
         inside, outside = signals @ [-9, -8, 1, 9], (signals > 0).sum(axis=1)
         z = np.stack([inside, outside], axis=1)[:, None, :, None]
-        return {"z": np.concatenate([0 * z, z], axis=1)}
+        return {"z": np.concatenate([0 * z, 0 * z, z], axis=1)}
 
     assert train.between(attend) == 0.5
 
