@@ -26,7 +26,8 @@ from autograd.tracer import getval
 import gatedref
 import train
 
-pytestmark = pytest.mark.filterwarnings("error")
+# Matplotlib 3.9 calls pyparsing by names that its newest version deprecates.
+pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning:pyparsing")
 
 
 # ------------------------------------------------------------------------------------------------
