@@ -26,8 +26,8 @@ from autograd.tracer import getval
 import gatedref
 import train
 
-# Matplotlib 3.9 calls pyparsing by names that its newest version deprecates.
-pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning:pyparsing")
+# Inside Matplotlib 3.9 names of pyparsing are called that the newest pyparsing deprecates.
+pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning:matplotlib")
 
 
 # ------------------------------------------------------------------------------------------------
