@@ -26,8 +26,10 @@ from autograd.tracer import getval
 import gatedref
 import train
 
-# Inside Matplotlib 3.9 names of pyparsing are called that the newest pyparsing deprecates.
-pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning:matplotlib")
+# Matplotlib 3.9 calls pyparsing by names that the newest pyparsing deprecates.
+pytestmark = pytest.mark.filterwarnings(
+    "error", "ignore::DeprecationWarning:matplotlib", "ignore::DeprecationWarning:pyparsing"
+)
 
 
 # ------------------------------------------------------------------------------------------------
