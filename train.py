@@ -250,6 +250,10 @@ SETTINGS = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5)}
 WIDE = {"8H10T": (8, 10)}  # with twice the heads: 16 are as many as `gatedref.holders` takes
 
 
+def shortened(recipe, quick):
+    return {**recipe, **(QUICK if quick else {})}
+
+
 def stream(*numbers):
     """A seed of its own for everything that is random, from the run's seed and what it is for."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -415,8 +419,7 @@ def train_gated(toy, n_trigrams, seed, recipe, note=None):
     def evaluate(params, size, alpha, reopen):
         inputs = params, *batch_and_target(size), alpha * variance
         scalars, grads = fast_loss_and_grad(*inputs, **options, p=recipe["p"], reopen=reopen)
-        scalars = {"mse": scalars["mse"] / variance, "penalty": scalars["penalty"]}
-        return {**scalars, "loss": scalars["mse"] + alpha * scalars["penalty"]}, grads
+        return {**scalars, **{name: scalars[name] / variance for name in ("mse", "loss")}}, grads
 
     batch, target = batch_and_target(500)
     variance = variance_of(target, batch["weight"])
@@ -550,7 +553,7 @@ def run_setting(job, note=None):
     results = []
     for number, (variant, changes) in enumerate(job["variants"].items(), 1):
         began = time.perf_counter()
-        recipe = {**RECIPE, **(QUICK if job["quick"] else {}), **changes}
+        recipe = {**shortened(RECIPE, job["quick"]), **changes}
         gated_seed = stream(seed, n_heads, n_trigrams, 8)
         inputs = toy, n_trigrams, gated_seed, recipe, portion(note, number, parts)
         gated, options, alpha, curves = train_gated(*inputs)
@@ -1034,7 +1037,6 @@ def stacked_bars(ax, groups, columns):
 # all of which are finished; the lowest loss is that with the search's last alpha.
 
 LIMITS = {**RECIPE, "d_head": 2, "starts": 3, "steps": 800, "choose": None, "finish_steps": 300}
-QUICK_LIMITS = {**LIMITS, **QUICK}
 
 
 @primitive
@@ -1330,7 +1332,7 @@ LAYERS_TABLE = {
 
 def experiment_layers(arguments):
     """Prediction 1: what two layers compute together stays together."""
-    quick, recipe = arguments.quick, QUICK_LIMITS if arguments.quick else LIMITS
+    quick, recipe = arguments.quick, shortened(LIMITS, arguments.quick)
     more = {"run": run_two_layers, "recipe": {**recipe, "finish_alpha": recipe["alpha"][1]}}
     more |= {"quick": quick, "steps": 20 if quick else 1500}
     jobs = [
@@ -1457,7 +1459,7 @@ def run_overlap(job, note=None):
 
 
 def is_fit(row):
-    return bool(row["mse"] < 0.01)
+    return row["mse"] < 0.01
 
 
 def is_shared(row):
@@ -1484,7 +1486,7 @@ OVERLAP = {
 def experiment_overlap(arguments):
     """Prediction 2: heads that overlap, each of them necessary for two tasks."""
     weak = {"alpha": (0.1, 0.1), "until": (0, 1), "finish_alpha": 0.1}
-    recipe = {**(QUICK_LIMITS if arguments.quick else LIMITS), **weak}
+    recipe = {**shortened(LIMITS, arguments.quick), **weak}
     more = {"run": run_overlap, "key": "copying", "recipe": recipe}
     jobs = [more | {"seed": seed} for seed in range(1 if arguments.quick else 12)]
     rows = report("overlap", jobs, OVERLAP, arguments.out)
@@ -1508,8 +1510,9 @@ def draw_overlap(rows, out):
         dots.set_xticks(range(len(maps)), ["six", "six of twice the width"])
         dots.set(title="loss of all that fit", xlim=(-0.5, 1.5), ylim=(0, None))
         figure.colorbar(shown, ax=maps, shrink=0.6, label="gate")
-        told = "Gates of the lowest loss. Blue: one head a task, orange: one for two, grey: else"
-        figure.suptitle(told)
+        figure.suptitle(
+            "Gates of the lowest loss. Blue: one head a task, orange: one for two, grey: else"
+        )
 
     picture(out / "overlap.png", 1, 3, (11, 3.4), paint)
 
@@ -1652,7 +1655,7 @@ SOURCES = {
 def experiment_sources(arguments):
     """Prediction 3: heads that work together on different source tokens."""
     weak = {"alpha": (0.05, 0.03), "finish_alpha": 0.01}
-    recipe = {**(QUICK_LIMITS if arguments.quick else LIMITS), **weak}
+    recipe = {**shortened(LIMITS, arguments.quick), **weak}
     more = {"run": run_sources, "key": "pairs", "recipe": recipe, "quick": arguments.quick}
     more |= {"steps": 20 if arguments.quick else 2000}
     jobs = [more | {"seed": seed} for seed in range(1 if arguments.quick else 30)]
