@@ -194,9 +194,10 @@ def init_params(n_heads, d_model, d_head, seed=0, d_gate=None):
     seen as [H, D G], has orthonormal rows (columns, where H > D G); so has `W_gate_K`. The gate's
     biases are 0. One seed gives both kinds of block the same `W_*` and `b_*`.
     n_heads, d_model, d_head, d_gate: whole numbers >= 1. seed: a whole number >= 0."""
-    given = {"n_heads": n_heads, "d_model": d_model, "d_head": d_head, "d_gate": d_gate}
-    sizes = [_whole(name, size, 1) for name, size in given.items() if size is not None]
-    sizes, params = dict(zip("HDKG", sizes)), {}
+    given = {"n_heads": n_heads, "d_model": d_model, "d_head": d_head}
+    given.update({} if d_gate is None else {"d_gate": d_gate})
+    sizes = {axis: _whole(name, size, 1) for axis, (name, size) in zip("HDKG", given.items())}
+    params = {}
     rng = np.random.default_rng(_whole("seed", seed, 0))
     for name, axes in (BLOCK if d_gate is None else GATED_BLOCK).items():
         a, b, *c = shape = [sizes[axis] for axis in axes]
