@@ -133,8 +133,8 @@ def lp_penalty(gate, p=0.6, *, causal=False):
     _array("p", p, wanted="> 0", valid=lambda p: p > 0)
     if not isinstance(causal, (bool, np.bool_)):
         raise TypeError(f"causal must be True or False, got {causal!r}")
-    gate = _checked({"gate": "BHTT"}, {"gate": gate})[0]["gate"]
-    _array("gate", gate, "BHTT", wanted=">= 0", valid=lambda gate: gate >= 0)
+    valid = {"wanted": ">= 0", "valid": lambda gate: gate >= 0}
+    gate = _checked({"gate": "BHTT"}, {"gate": gate}, valid)[0]["gate"]
     # At 0 the derivative of a power counts as 0: 1 is raised there, then wiped out.
     power = lambda base, p: (base + (getval(base) == 0)) ** p * (getval(base) != 0)
     norm = power(power(gate, p).sum(axis=1), 1 / p)  # [B, query, key]
@@ -208,7 +208,7 @@ def transformer(layers, tokens, *, activation="clamp", value_scale=None):
     `logits` [B, T, V] and `blocks`, the list of each layer's intermediates."""
     if not isinstance(getval(layers), (list, tuple)) or len(layers) == 0:
         raise ValueError(f"layers must be a list of one or more parameter dicts, got {layers!r}")
-    layers = [_checked(None, layer, f"layers[{i}].")[0] for i, layer in enumerate(layers)]
+    layers = [_checked(None, layer, where=f"layers[{i}].")[0] for i, layer in enumerate(layers)]
     V, dtype = layers[0]["W_Q"].shape[1], layers[0]["W_Q"].dtype
     tokens = _array("tokens", tokens, "BT", "iu", f"in [0, {V})", lambda t: (t >= 0) & (t < V))
     residual, blocks = np.eye(V, dtype=dtype)[tokens], []
@@ -453,7 +453,7 @@ def _whole(name, value, least):
     return int(_array(name, value, "", "iu", f"{least} or more,", lambda whole: whole >= least))
 
 
-def _checked(axes, params, where="", **others):
+def _checked(axes, params, valid=(), where="", **others):
     """The params, named as in `axes`, and others [B, T, D] as arrays of floats. Each has the axes
     that its letters spell; a letter has one size throughout: none is made up by broadcasting."""
     if not isinstance(getval(params), dict):
@@ -465,7 +465,7 @@ def _checked(axes, params, where="", **others):
     arrays, sizes = {}, {}
     for name, value in {**{name: params[name] for name in axes}, **others}.items():
         letters = axes.get(name, "BTD")
-        array = _array(where + name, value, letters)
+        array = _array(where + name, value, letters, **dict(valid))
         for letter, size in zip(letters, array.shape):
             expected, owner = sizes.setdefault(letter, (size, name))
             if size != expected:
