@@ -64,9 +64,8 @@ def assert_close(actual, expected, digits):
     if isinstance(expected, dict):
         assert actual.keys() == expected.keys()
         assert [np.shape(actual[n]) for n in expected] == [np.shape(a) for a in expected.values()]
-        actual, expected = (
-            np.concatenate([np.ravel(arrays[n]) for n in expected]) for arrays in (actual, expected)
-        )
+        actual = np.concatenate([np.ravel(actual[n]) for n in expected])
+        expected = np.concatenate([np.ravel(a) for a in expected.values()])
     expected = np.asarray(expected)
     assert np.shape(actual) == expected.shape
     largest = np.abs(expected[np.isfinite(expected)]).max()
@@ -81,13 +80,10 @@ def table(sizes, entry):
     return array
 
 
-def dot(a, b):
-    return sum(m * n for m, n in zip(a, b))
-
-
 def naive_block(params, x, activation=None, value_scale=None):
     """`attention`, or given an activation `gated_attention`, in loops over single numbers."""
     (B, T, D), (H, _, K), P = x.shape, params["W_Q"].shape, dict(params)
+    dot = lambda a, b: sum(m * n for m, n in zip(a, b))
 
     def divisor(numbers):
         return max(math.hypot(*numbers), 1e-12)
@@ -156,87 +152,52 @@ def slopes(function, array, step=3e-6):
 
 # ---- Attention and its gate --------------------------------------------------------------------
 
-
-def test_attention_equals_plain_loops_to_13_digits():
-    params, x = randoms(UNGATED), randoms("BTD", 1)
-    out, naive = gatedref.attention(params, x), naive_block(params, x)
-    for name in naive.keys() | out.keys():
-        assert_close(out[name], naive[name], 13)
+OPTIONS = [{}, {"value_scale": 0.7}, {"value_scale": 30}, *({"activation": a} for a in ACTIVATIONS)]
 
 
 @pytest.mark.parametrize("d_gate", [1, 7])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"value_scale": 0.7}, {"value_scale": 30}, *({"activation": a} for a in ACTIVATIONS)],
-)
-def test_gated_attention_equals_plain_loops_to_13_digits(options, d_gate):
-    params, x = randoms(GATED, G=d_gate), randoms("BTD", 1)
-    out = gatedref.gated_attention(params, x, **options)
-    naive = naive_block(params, x, **{"activation": "clamp", **options})
-    scores = naive["gate_scores"]
-    assert (scores < 0).any() and (scores > 1).any() and ((scores > 0) & (scores < 1)).any()
+@pytest.mark.parametrize("options", [None, *OPTIONS])
+def test_the_block_equals_plain_loops_to_13_digits(options, d_gate):
+    params, x = randoms(GATED if options is not None else UNGATED, G=d_gate), randoms("BTD", 1)
+    if options is None:
+        out, naive = gatedref.attention(params, x), naive_block(params, x)
+    else:
+        out = gatedref.gated_attention(params, x, **options)
+        naive = naive_block(params, x, **{"activation": "clamp", **options})
+        scores = naive["gate_scores"]
+        assert (scores < 0).any() and (scores > 1).any() and ((scores > 0) & (scores < 1)).any()
     for name in naive.keys() | out.keys():
         assert_close(out[name], naive[name], 13)
 
 
 # ---- The penalty and the loss ------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "gates, charge, charge_by_l1",
-    [([1, 0], 1, 1), ([0.5, 0.5], 2 ** (2 / 3), 1), ([1, 1], 2 ** (5 / 3), 2), ([0, 0], 0, 0)],
-)  # 2^(2/3) = 1.587, 2^(5/3) = 3.175
-def test_sharing_a_pair_costs_more_than_the_sum_of_its_parts(gates, charge, charge_by_l1):
-    gate = np.reshape(gates, (1, 2, 1, 1))
-    assert gatedref.lp_penalty(gate) == pytest.approx(charge, 1e-14)
-    assert gatedref.lp_penalty(gate, p=1) == pytest.approx(charge_by_l1, 1e-14)
+def test_sharing_a_pair_costs_more_than_the_sum_of_its_parts():
+    for gates, charge, by_l1 in [([1, 0], 1, 1), ([0.5, 0.5], 1.5874, 1), ([1, 1], 3.1748, 2)]:
+        gate = np.reshape(gates, (1, 2, 1, 1))
+        assert gatedref.lp_penalty(gate) == pytest.approx(charge, rel=1e-5)
+        assert gatedref.lp_penalty(gate, p=1) == pytest.approx(by_l1, rel=1e-14)
 
 
 @pytest.mark.parametrize("causal", [False, True, np.True_])
-@pytest.mark.parametrize("p", [0.3, 0.6, 1, 1.7, 2])
+@pytest.mark.parametrize("p", [0.3, 0.6, 1, 2])
 def test_the_penalty_equals_plain_loops_to_14_digits(p, causal):
     gate = np.maximum(randoms("BHTT"), 0)
-    assert (gate == 0).any()
     assert_close(gatedref.lp_penalty(gate, p, causal=causal), naive_penalty(gate, p, causal), 14)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"activation": "tanh", "p": 1}, {"value_scale": 5, "p": 2, "causal": True}],
-)
+@pytest.mark.parametrize("options", [{"activation": "tanh", "p": 1}, {"value_scale": 5}])
 def test_the_loss_equals_plain_loops_to_13_digits(options):
     params, x, target = randoms(GATED), randoms("BTD", 1), randoms("BTD", 2)
     block = naive_block(params, x, options.get("activation", "clamp"), options.get("value_scale"))
     mse = sum((block["attn_out"][i] - target[i]) ** 2 for i in np.ndindex(x.shape)) / x.size
-    penalty = naive_penalty(block["gate"], options.get("p", 0.6), options.get("causal", False))
+    penalty = naive_penalty(block["gate"], options.get("p", 0.6))
     scalars = gatedref.loss(params, x, target, 0.3, **options)
-    assert list(scalars) == ["mse", "penalty", "loss"]
-    assert_close(scalars["mse"], mse, 13)
-    assert_close(scalars["penalty"], penalty, 13)
-    assert_close(scalars["loss"], mse + 0.3 * penalty, 13)
-    assert gatedref.loss(params, x, target, 0, **options)["loss"] == scalars["mse"]
-
-
-def test_value_scale_closes_the_hole_in_the_objective():
-    # W_V reads a component that x does not have: values come from b_V alone. With b_V = 3 and the
-    # scale sqrt(10), the published and the repaired block start as one.
-    params, x = randoms(GATED, D=3, G=1, K=1), randoms("BTD", 1, D=3)
-    x[..., 2] = 0
-    params["W_V"][:, :, 0], params["b_V"][:] = [0, 0, 1], 3
-    params["W_gate_Q"] *= 0.3
-    params["b_gate_Q"][:], params["b_gate_K"][:] = 0.5, 1
-    target, published, repaired = gatedref.gated_attention(params, x)["attn_out"], [], []
-    for c in (1, 10, 100, 1000):  # a head that writes c times as much, with gates 1 / c as wide
-        moved = dict(params, b_V=params["b_V"] * c)
-        moved.update(W_gate_Q=params["W_gate_Q"] / c, b_gate_Q=params["b_gate_Q"] / c)
-        published.append(gatedref.loss(moved, x, target, 0.1)["loss"])
-        repaired.append(gatedref.loss(moved, x, target, 0.1, value_scale=10**0.5)["loss"])
-    np.testing.assert_allclose(published, published[0] / np.array([1, 10, 100, 1000]), rtol=1e-12)
-    assert repaired[0] == pytest.approx(published[0], rel=1e-12) and repaired == sorted(repaired)
+    naive = {"mse": mse, "penalty": penalty, "loss": mse + 0.3 * penalty}
+    assert scalars == pytest.approx(naive, rel=1e-13)
 
 
 # ---- Gradients ---------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     "options",
@@ -251,49 +212,38 @@ def test_gradients_equal_central_differences_to_8_digits(options):
     scalars, gradient = gatedref.loss_and_grad(params, x, target, 0.3, **options)
     assert scalars == gatedref.loss(params, x, target, 0.3, **options)
 
-    def loss(params, x):
-        return gatedref.loss(params, x, target, 0.3, **options)["loss"]
-
+    loss = lambda params, x: gatedref.loss(params, x, target, 0.3, **options)["loss"]
     assert_close(gradient, slopes(lambda params: loss(params, x), params), 8)
     assert_close(grad(lambda x: loss(params, x))(x), slopes(lambda x: loss(params, x), x), 8)
 
 
-def test_gradients_of_attention_and_of_a_model_equal_central_differences():
+def test_gradients_of_a_model_and_of_its_input_equal_central_differences():
     layers = [randoms(UNGATED, 3, 0.7, **SMALL), randoms(GATED, 4, 0.7, **SMALL)]
     x, weights = randoms("BTD", 1, **SMALL), randoms("BTD", 2, **SMALL)
-
-    def attn(params, x):
-        return (gatedref.attention(params, x)["attn_out"] * weights).sum()
-
-    def model(layers):
-        return (gatedref.transformer(layers, [[0, 2, 1], [1, 0, 0]])["logits"] * weights).sum()
-
+    attn = lambda x: (gatedref.attention(layers[0], x)["attn_out"] * weights).sum()
+    assert_close(grad(attn)(x), slopes(attn, x), 8)
+    tokens = [[0, 2, 1], [1, 0, 0]]
+    model = lambda layers: (gatedref.transformer(layers, tokens)["logits"] * weights).sum()
     for i in (0, 1):
-        by_model = slopes(lambda p, i=i: model([*layers[:i], p, *layers[i + 1 :]]), layers[i])
-        assert_close(grad(model)(layers)[i], by_model, 8)
-    assert_close(grad(attn)(layers[0], x), slopes(lambda p: attn(p, x), layers[0]), 8)
-    assert_close(grad(attn, 1)(layers[0], x), slopes(lambda x: attn(layers[0], x), x), 8)
+        numeric = slopes(lambda p, i=i: model([*layers[:i], p, *layers[i + 1 :]]), layers[i])
+        assert_close(grad(model)(layers)[i], numeric, 8)
 
 
-@pytest.mark.parametrize(
-    "activation, cases",  # a score: the gate and its derivative
-    [
-        ("clamp", {-1e-9: (0, 0), 0: (0, 1), 0.4: (0.4, 1), 1: (1, 1), 1 + 1e-9: (1, 0)}),
-        ("relu", {-1: (0, 0), 0: (0, 0), 1e-9: (1e-9, 1), 3: (3, 1)}),
-        ("tanh", {-1: (0, 0), 0: (0, 0), 2: (math.tanh(2), 1 - math.tanh(2) ** 2)}),
-        ("binary", {-1e-9: (0, 0), 0: (0, 1), 0.5: (0, 1), 0.5 + 1e-9: (1, 1)}),
-        ("binary", {0.3: (0, 1), 1: (1, 1), 1 + 1e-9: (1, 0)}),
-    ],
-)
-def test_each_activation_has_its_stated_derivative_also_at_its_kinks(activation, cases):
-    def gate(b):
-        block = gatedref.gated_attention(one_head(b_gate_Q=b), [[[1, 0]]], activation=activation)
-        return block["gate"].sum()
+KINKS = [  # a gate score, the gate, and its derivative
+    *(("clamp", *k) for k in ((-1e-9, 0, 0), (0, 0, 1), (1, 1, 1), (1 + 1e-9, 1, 0))),
+    *(("relu", *k) for k in ((-1, 0, 0), (0, 0, 0), (1e-9, 1e-9, 1), (3, 3, 1))),
+    *(("tanh", *k) for k in ((0, 0, 0), (2, math.tanh(2), 1 - math.tanh(2) ** 2))),
+    *(("binary", *k) for k in ((-1e-9, 0, 0), (0.5, 0, 1), (0.5 + 1e-9, 1, 1), (1 + 1e-9, 1, 0))),
+]
 
-    for score, (value, slope) in cases.items():
-        b = np.array([[float(score)]])
-        assert gate(b) == pytest.approx(value, 1e-15, 0)
-        assert grad(gate)(b) == pytest.approx(slope, 1e-14, 0)
+
+@pytest.mark.parametrize("activation, score, value, slope", KINKS)
+def test_each_activation_has_its_derivative_also_at_its_kinks(activation, score, value, slope):
+    options, b = {"activation": activation}, np.array([[float(score)]])
+    block = lambda b: gatedref.gated_attention(one_head(b_gate_Q=b), [[[1, 0]]], **options)
+    gate = lambda b: block(b)["gate"].sum()
+    assert gate(b) == pytest.approx(value, 1e-15, 0)
+    assert grad(gate)(b) == pytest.approx(slope, 1e-14, 0)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.6, 1, 2])
@@ -309,50 +259,39 @@ def test_a_closed_gate_has_no_gradient(p):
 def test_a_norm_below_1e_minus_12_counts_as_a_constant(length):
     y, u = np.array([2.0, 1.0]), np.array([0.6, 0.8])
 
-    def written(w):  # y . w / max(|w|, 1e-12), read off a block
-        params = one_head(1, W_V=w.reshape(1, 2, 1))
-        return gatedref.gated_attention(params, [[y]])["attn_out"].sum()
-
+    block = lambda w: gatedref.gated_attention(one_head(1, W_V=w.reshape(1, 2, 1)), [[y]])
+    written = lambda w: block(w)["attn_out"].sum()  # y . w / max(|w|, 1e-12)
     slope = y / 1e-12 if length < 1e-12 else (y - (y @ u) * u) / length
     assert written(length * u) == pytest.approx(y @ u * length / max(length, 1e-12), 1e-13)
     assert_close(grad(written)(length * u), slope, 13)
 
 
-# ---- Models ------------------------------------------------------------------------------------
-
-
 def test_a_seed_makes_the_same_numbers_for_ever():
-    def bits(arrays):
-        return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16]
-
     params, block = gatedref.init_params(4, 5, 6, 3, d_gate=2), gatedref.init_params(4, 5, 6, 3)
-    assert list(params) == list(GATED) and list(block) == list(UNGATED)
     assert all((params[name] == block[name]).all() for name in UNGATED)
     assert not params["b_gate_Q"].any() and not params["b_gate_K"].any()
-    assert bits(block.values()) == "83fa7ad28f4befd6"
-    assert bits(gatedref.sample_skip_trigrams(3, 50, seed=3)) == "fddd98bc7b6bc4da"
+    bits = [b"".join(a.tobytes() for a in block.values())]
+    bits += [b"".join(a.tobytes() for a in gatedref.sample_skip_trigrams(3, 50, seed=3))]
+    told = [hashlib.sha256(b).hexdigest()[:16] for b in bits]
+    assert told == ["83fa7ad28f4befd6", "fddd98bc7b6bc4da"]
 
 
-@pytest.mark.parametrize(
-    "names, fans",
-    [("W_Q W_K W_V", (40 + 30) * 20), ("W_O", (40 + 20) * 30), ("b_Q b_K b_V", 40 + 20)],
-)
-def test_weights_and_biases_are_xavier_normal_within_5_sigma(names, fans):
+def test_weights_and_biases_are_xavier_normal_within_5_sigma():
     params = gatedref.init_params(n_heads=40, d_model=30, d_head=20)
-    for a in (params[name] / math.sqrt(2 / fans) for name in names.split()):
-        assert abs(a.mean()) < 5 / a.size**0.5
-        assert abs(a.var() - 1) < 5 * (2 / a.size) ** 0.5
-        assert abs((a**4).mean() - 3) < 5 * (96 / a.size) ** 0.5
+    fans = {"W_Q": 70 * 20, "W_K": 70 * 20, "W_V": 70 * 20, "W_O": 60 * 30}
+    for name, a in params.items():
+        a = a / math.sqrt(2 / fans.get(name, 60))
+        for moment, mean, variance in ((a, 0, 1), (a**2, 1, 2), (a**4, 3, 96)):
+            assert abs(moment.mean() - mean) < 5 * (variance / a.size) ** 0.5
 
 
-@pytest.mark.parametrize("n_heads, d_gate", [(3, 1), (3, 2), (10, 2), (12, 2), (30, 2)])
+@pytest.mark.parametrize("n_heads, d_gate", [(3, 1), (12, 2), (30, 2)])
 def test_gate_weights_are_orthonormal_across_the_heads(n_heads, d_gate):
     params = gatedref.init_params(n_heads, 6, 2, d_gate=d_gate)
     for name in ("W_gate_Q", "W_gate_K"):
         rows = params[name].reshape(n_heads, 6 * d_gate)
         product = rows @ rows.T if n_heads <= 6 * d_gate else rows.T @ rows
         assert_close(product, np.eye(len(product)), 14)
-    assert not np.isclose(params["W_gate_Q"], params["W_gate_K"]).any()
 
 
 @pytest.mark.parametrize("kinds", [[UNGATED], [GATED, UNGATED, GATED]])
@@ -382,35 +321,26 @@ def test_two_handmade_heads_hold_the_first_and_last_trigram_and_share_the_others
 
 # ---- The task, and who holds what --------------------------------------------------------------
 
-
 def rewalk(n, sequence):
     """What the law makes of a sequence: a (state, token) for each token drawn, and where a trigram
     completes. Fails where the law forbids the sequence."""
     assert sequence[0] == 2 * n + 1
-    armed, forced, draws, completes = False, None, [], [False]
-    for token in sequence[1:]:
-        assert 0 <= token <= 2 * n + 1
-        if forced is not None:
-            assert token == forced
-            forced = None
-            completes.append(False)
+    state, draws, completes = "plain", [], [False]
+    for before, token in itertools.pairwise(sequence):
+        completes.append(state == "armed" and 1 <= token <= n)
+        if state == "forced":
+            assert token == before + n
+            state = "plain"
             continue
-        draws.append(("armed" if armed else "plain", token))
-        completes.append(armed and 1 <= token <= n)
-        if armed:
-            assert token != 0
-        if completes[-1]:
-            armed, forced = False, token + n
-        elif token == 0:
-            armed = True
+        draws.append((state, token))
+        state = "forced" if completes[-1] else "armed" if token == 0 or state == "armed" else state
     return draws, completes
 
 
-@pytest.mark.parametrize("n, n_positions", [(1, 11), (2, 11), (3, 2), (3, 1), (4, 30), (10, 50)])
+@pytest.mark.parametrize("n, n_positions", [(1, 11), (3, 1), (3, 2), (10, 50)])
 def test_every_sequence_obeys_the_law(n, n_positions):
     tokens, completes = gatedref.sample_skip_trigrams(n, 400, n_positions, seed=1)
     assert tokens.shape == completes.shape == (400, n_positions)
-    assert tokens.dtype.kind == "i" and completes.dtype == bool
     for sequence, found in zip(tokens.tolist(), completes.tolist()):
         assert rewalk(n, sequence)[1] == found
     if n_positions > 10:
@@ -418,35 +348,25 @@ def test_every_sequence_obeys_the_law(n, n_positions):
 
 
 def test_draws_are_uniform_over_all_tokens_and_when_armed_over_all_but_0_within_5_sigma():
-    n, vocabulary, n_sequences = 2, 6, 20000
-    tokens, completes = gatedref.sample_skip_trigrams(n, n_sequences)
-    draws = Counter(d for sequence in tokens.tolist() for d in rewalk(n, sequence)[0])
+    tokens, _ = gatedref.sample_skip_trigrams(2, 20000)
+    draws = Counter(d for sequence in tokens.tolist() for d in rewalk(2, sequence)[0])
     for state, allowed in (("plain", range(6)), ("armed", range(1, 6))):
-        total, chance = sum(draws[state, t] for t in range(6)), 1 / len(allowed)
+        total, chance = sum(draws[state, t] for t in range(-9, 9)), 1 / len(allowed)
+        assert total == sum(draws[state, t] for t in allowed)
         for token in allowed:
             sigma = math.sqrt(total * chance * (1 - chance))
             assert abs(draws[state, token] - total * chance) < 5 * sigma
-    plain, armed, forced = 1, 0, 0  # the exact chance of each state, position by position
-    for t in range(1, 11):
-        done = armed * n / (vocabulary - 1)
-        sigma = math.sqrt(n_sequences * done * (1 - done))
-        assert abs(completes[:, t].sum() - n_sequences * done) <= 5 * sigma
-        to_armed = plain / vocabulary
-        plain, armed, forced = plain - to_armed + forced, armed - done + to_armed, done
 
 
 def brute_holders(result, answers, threshold="0.99"):
     """The definition, set by set and sequence by sequence, in whole numbers: all heads included."""
     everyone = range(len(result[0]))
-
-    def right(heads, r, answer):
-        sums = [sum(r[h][v] for h in heads) for v in range(len(r[0]))]
-        return sums.index(max(sums)) == answer
+    subsets = [c for n in range(len(everyone) + 1) for c in itertools.combinations(everyone, n)]
 
     def holds(A, r, answer):
-        rest = [h for h in everyone if h not in A]
-        more = (c for n in range(len(rest) + 1) for c in itertools.combinations(rest, n))
-        return all(right({*A, *extra}, r, answer) for extra in more)
+        larger = [R for R in subsets if {*A} <= {*R}]
+        sums = [[sum(r[h][v] for h in R) for v in range(len(r[0]))] for R in larger]
+        return all(total.index(max(total)) == answer for total in sums)
 
     for size in range(1, len(everyone) + 1):
         sets = list(itertools.combinations(everyone, size))
@@ -457,20 +377,15 @@ def brute_holders(result, answers, threshold="0.99"):
     return []
 
 
-@pytest.mark.parametrize(
-    "outputs, held",
-    [
-        ([[0, 5], [1, 0]], [(0,)]),  # the answer is token 1
+def test_the_fewest_heads_that_keep_the_answer_whatever_else_is_removed_hold_it():
+    for outputs, held in [  # the answer is token 1
         ([[0, 5], [0, 3], [1, 0]], [(0,), (1,)]),
         ([[0, 5], [9, 0], [0, 5]], [(0, 2)]),  # head 1 outvotes head 0, not heads 0 and 2
         ([[0, 2], [0, 2], [0, 2], [3, 0]], [(0, 1), (0, 2), (1, 2)]),
         ([[1, 1], [0, 0]], []),  # a tie goes to the first token, 0
-        ([[2, 2], [0, 1]], [(1,)]),
         ([[4, 0, 3], [0, 4, 3]], []),  # 4 4 6 together: token 2, which no single head says
-    ],
-)
-def test_the_fewest_heads_that_keep_the_answer_whatever_else_is_removed_hold_it(outputs, held):
-    assert gatedref.holders([outputs], [1]) == held
+    ]:
+        assert gatedref.holders([outputs], [1]) == held
 
 
 @pytest.mark.parametrize("n_heads", [1, 2, 3, 4, 5])
@@ -489,8 +404,7 @@ def test_holders_equal_every_set_tried_one_by_one(n_heads):
 
 def test_holders_of_24_heads_are_found_in_well_under_a_second():
     rng, start = np.random.default_rng(0), time.perf_counter()
-    answers = rng.integers(1, 22, 500)
-    result = 9 * rng.normal(size=(500, 24, 22))
+    answers, result = rng.integers(1, 22, 500), 9 * rng.normal(size=(500, 24, 22))
     result[np.arange(500), 5, answers] += 900
     assert gatedref.holders(result, answers) == [(5,)]
     assert gatedref.holders(-result, answers) == []
@@ -522,25 +436,21 @@ def published(model, tokens):
 
 
 @pytest.mark.parametrize("model", HELD)
-def test_the_authors_models_hold_what_the_authors_say(model):
+def test_the_authors_models_hold_and_leave_unexplained_what_they_did(model):
     n = len(HELD[model])
-    tokens, completes = gatedref.sample_skip_trigrams(n, 3000)
-    completes &= completes.sum(axis=1, keepdims=True) == 1
-    result, found = published(model, tokens)["result"], []
+    tokens, completes = gatedref.sample_skip_trigrams(n, 10000)
+    block, found = published(model, tokens), []
+    single = completes & (completes.sum(axis=1, keepdims=True) == 1)
     for i in range(1, n + 1):
-        mine = completes & (tokens == i)
-        held = gatedref.holders(result[mine], np.full(mine.sum(), i + n))
+        result = block["result"][single & (tokens == i)]
+        held = gatedref.holders(result, np.full(len(result), i + n))
         found.append(held[0][0] if len(held) == 1 and len(held[0]) == 1 else None)
     assert found == HELD[model]
-
-
-@pytest.mark.parametrize("model", UNEXPLAINED)
-def test_the_authors_gated_blocks_leave_unexplained_what_they_did(model):
-    tokens, _ = gatedref.sample_skip_trigrams(len(HELD[model]), 10000)
-    target = published(model.replace("gated", "toy"), tokens)["attn_out"]
-    error, deviation = published(model, tokens)["attn_out"] - target, target - target.mean((0, 1))
-    unexplained = (error**2).sum() / (deviation**2).sum()
-    assert unexplained == pytest.approx(UNEXPLAINED[model], rel=0.04)
+    if model in UNEXPLAINED:
+        target = published(model.replace("gated", "toy"), tokens)["attn_out"]
+        error, deviation = block["attn_out"] - target, target - target.mean((0, 1))
+        unexplained = (error**2).sum() / (deviation**2).sum()
+        assert unexplained == pytest.approx(UNEXPLAINED[model], rel=0.04)
 
 
 # ---- What is refused, and what is taken --------------------------------------------------------
@@ -575,14 +485,11 @@ REFUSED = [  # how the message begins, and the call
     *((r"x must be finite, got .* at \(1, 2, 4\)", of_x(bad(X, w))) for w in (NAN, INF, -INF)),
     (r"x has 4 along D, where W_Q has 5; its shape is \(2, 3, 4\)", of_x(X[..., 1:])),
     ("W_K has 1 along H, where W_Q has 4", of_block(W_K=BLOCK["W_K"][:1])),
-    ("b_gate_K has 1 along G, where W_gate_Q has 7", of_block(b_gate_K=np.ones((4, 1)))),
-    ("W_O has 5 along K, where W_Q has 6", of_block(W_O=np.swapaxes(BLOCK["W_O"], 1, 2))),
     (r"params must be .*missing \[\], unknown \['W_X'\]", of_block(W_X=X)),
     (r"params must be .*missing \['W_gate_Q'", of("gated_attention", UNGATED_BLOCK, X)),
     (r"params must be .*unknown \['W_gate_Q'", of("attention", BLOCK, X)),
     *((TypeError, of("gated_attention", w, X)) for w in (None, [BLOCK], X)),
     ("target has 2 along T, where x has 3", of_loss(X[:, 1:])),
-    ("target must be finite, got nan", of_loss(bad(X, NAN))),
     *(("alpha must be >= 0", of_loss(alpha=w)) for w in (-1, NAN, INF, True, "1", None, [1.0], 1j)),
     *(("p must be > 0", of_loss(p=w)) for w in (0, -1, NAN, INF, True, "1", None, [1.0], 1j)),
     *(("value_scale must be None or > 0", of_loss(value_scale=w)) for w in (0, -1, INF, "1", [1])),
@@ -591,27 +498,20 @@ REFUSED = [  # how the message begins, and the call
     *((TypeError, of_loss(causal=w)) for w in (0, 1, None, "yes")),
     ("gate must be >= 0, got -1e-300", of("lp_penalty", bad(np.ones((1, 2, 3, 3)), -1e-300))),
     ("gate has 3 along T, where gate has 2", of("lp_penalty", np.ones((1, 2, 2, 3)))),
-    ("gate must be .*'B', 'H', 'T', 'T'", of("lp_penalty", ONES)),
-    ("gate must be finite, got inf", of("lp_penalty", bad(np.ones((1, 2, 3, 3)), INF))),
+    ("gate must be >= 0, got inf", of("lp_penalty", bad(np.ones((1, 2, 3, 3)), INF))),
     *(("tokens must be .*got", of_tokens(w)) for w in ([0, 1], [[0.0]], [[True]], [[]], None)),
     (r"tokens must be in \[0, 5\), got 7 at \(0, 1\)", of_tokens([[0, 7, -1]])),
-    (r"tokens must be in \[0, 5\), got -1", of_tokens([[0, -1]])),
     *(("layers must be a list", of_tokens([[0]], w)) for w in ([], None, BLOCK, "x", 3)),
     *((TypeError, of_tokens([[0]], w)) for w in ([None], [3], ["W_Q"], [BLOCK, X])),
     (r"layers\[1\].W_K has 1", of_tokens([[0]], [BLOCK, {**BLOCK, "W_K": BLOCK["W_K"][:1]}])),
     ("x has 5 along D, where W_Q has 6", of_tokens([[0]], [BLOCK, randoms(GATED, D=6)])),
     *((r"threshold must be in \[0, 1\)", of("holders", ONES, [0, 1], w))
       for w in (1, 1.5, -0.1, NAN, True, "0.9", None, [0.9])),
-    ("result must be finite", of("holders", bad(ONES, NAN), [0, 1])),
-    ("result must be .*'S', 'H', 'V'", of("holders", ONES[0], [0, 1])),
     ("answers has 3 along S, where result has 2", of("holders", ONES, [0, 1, 2])),
-    (r"answers must be in \[0, 4\), got 4", of("holders", ONES, [0, 4])),
     *((f"{name} must be 1 or more,", of_sizes(**{name: w}))
       for name in SIZES_OF for w in (0, -1, 2.0, True, "3", [2], NAN, 1j)),
-    ("n_heads must be 1 or more", of_sizes(n_heads=None)),
     *(("seed must be 0 or more,", of_sizes(seed=w)) for w in (-1, 0.0, True, "0", None)),
     ("n_trigrams must be 2 or more", of("handmade_superposition", 1)),
-    ("n_positions must be 1 or more", of("sample_skip_trigrams", 1, 1, 0)),
 ]  # fmt: skip
 
 
@@ -623,13 +523,12 @@ def test_what_is_wrong_is_refused_by_name(message, call):
 
 
 def test_the_checks_are_there_while_autograd_differentiates():
-    loss = lambda params, x: gatedref.loss(params, x, X, 0.1)["loss"]
-    twice = lambda x: (grad(loss, 1)(BLOCK, x) ** 2).sum()
-    for wrong in (X[:, :, :4], X[:1], X[0], bad(X, NAN)):
-        for gradient in (grad(lambda x: loss(BLOCK, x)), grad(twice)):
+    once = grad(lambda x: gatedref.loss(BLOCK, x, X, 0.1)["loss"])
+    for gradient in (once, grad(lambda x: (once(x) ** 2).sum())):
+        assert np.isfinite(gradient(X)).all()
+        for wrong in (X[:, :, :4], X[:1], X[0], bad(X, NAN)):
             with pytest.raises(ValueError, match=r"\bx\b"):
                 gradient(wrong)
-    assert np.isfinite(grad(twice)(X)).all()
 
 
 def test_an_activation_may_be_a_function_of_the_gate_scores():
@@ -641,29 +540,20 @@ def test_an_activation_may_be_a_function_of_the_gate_scores():
         gatedref.gated_attention(BLOCK, X, activation=lambda s: s[:, 0])
 
 
-def test_lists_and_integers_are_taken_and_arguments_are_left_as_they_were():
+def test_lists_and_integers_are_taken_and_float32_in_gives_float32_out():
     whole = {name: np.ceil(2 * a) for name, a in BLOCK.items()}
-    kept = {name: a.copy() for name, a in whole.items()}
-    scalars, grads = gatedref.loss_and_grad(whole, X, X, 0.1)
+    right, grads = gatedref.loss_and_grad(whole, X, X, 0.1)
     for kind in (np.ndarray.tolist, lambda a: a.astype(int)):
         given = {name: kind(a) for name, a in whole.items()}
-        again, by_again = gatedref.loss_and_grad(given, X.tolist(), X, np.int8(1) / 10)
-        assert again == scalars
-        assert_close(by_again, grads, 16)
-    assert all((whole[name] == kept[name]).all() for name in kept)
-
-
-def test_float32_in_gives_float32_out_and_a_gradient_has_the_type_of_its_parameter():
-    single = {name: a.astype(np.float32) for name, a in BLOCK.items()}
-    x = X.astype(np.float32)
-    for options in ({}, {"value_scale": 2.5, "causal": True}, {"activation": "tanh"}):
-        scalars, grads = gatedref.loss_and_grad(single, x, x, 0.1, **options)
-        right, right_grads = gatedref.loss_and_grad(BLOCK, X, X, 0.1, **options)
-        assert {a.dtype for a in [*scalars.values(), *grads.values()]} == {np.dtype(np.float32)}
-        assert_close(scalars, right, 5)
-        assert_close(grads, right_grads, 4)
-    assert gatedref.gated_attention(single, x)["attn_out"].dtype == np.float32
-    _, mixed = gatedref.loss_and_grad({**BLOCK, "b_Q": single["b_Q"]}, X, X, 0.1)
+        scalars, by_kind = gatedref.loss_and_grad(given, X.tolist(), X, np.float64(0.1))
+        assert scalars == right
+        assert_close(by_kind, grads, 16)
+    single, x = {name: a.astype(np.float32) for name, a in whole.items()}, X.astype(np.float32)
+    scalars, by_single = gatedref.loss_and_grad(single, x, x, 0.1)
+    assert {a.dtype for a in [*scalars.values(), *by_single.values()]} == {np.dtype(np.float32)}
+    assert_close(scalars, right, 5)
+    assert_close(by_single, grads, 4)
+    _, mixed = gatedref.loss_and_grad({**whole, "b_Q": single["b_Q"]}, X, X, 0.1)
     assert (mixed["b_Q"].dtype, mixed["W_Q"].dtype) == (np.float32, np.float64)
 
 
@@ -711,80 +601,43 @@ def port(x, target, alpha, p=0.6, *, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V,
 
 # The first stage that is caught, what the right block says, and what a wrong one says there.
 SLIPS = [
+    ("nan", "attn_scores - attn_scores.max(-1, keepdims=True)", "attn_scores"),
+    ("pattern", "attn_scores, -1e5", "attn_scores, -100"),
     ("gate_q", "W_gate_Q) + b_gate_Q", "W_gate_Q)"),
-    ("gate_k", "W_gate_K) + b_gate_K", "W_gate_K)"),
-    ("gate_q", "x, W_gate_Q) + b_gate_Q", "x, W_gate_K) + b_gate_K"),
-    ("gate_q", "x, W_gate_Q)", "x, W_gate_Q / np.sqrt((W_gate_Q**2).sum(1, keepdims=True) + 1))"),
     ("gate_scores", "gate_q, gate_k)", "gate_q, gate_k) / G**0.5"),
     ("gate_scores", "gate_q, gate_k)", "gate_q, gate_k) / G"),
-    ("gate_scores", "bqhg,bkhg->bhqk", "bqhg,bkhg->bhkq"),
-    ("gate_scores", "bqhg,bkhg->bhqk", "bqhg,bkhf->bhqk"),
     ("gate", "clamp(gate_scores)", "1 / (1 + np.exp(-gate_scores))"),
     ("gated_pattern", "gate * pattern", "gate_scores * pattern"),
+    ("gated_pattern", "gate * pattern", "gate + pattern"),
     ("pattern", "weights / w", "gate_scores * 0 + clamp(gate_scores) * weights / w"),
     ("attn_scores", "q, k) / K**0.5", "q, k) / K**0.5 * clamp(gate_scores)"),
-    ("q", "x, W_Q) + b_Q", "x, W_Q)"),
+    ("attn_scores", "q, k) / K**0.5", "q, k) / K**0.5 + clamp(gate_scores)"),
     ("k", "x, W_K) + b_K", "x, W_K)"),
-    ("q", "x, W_Q)", "x, W_Q / np.sqrt((W_Q**2).sum(1, keepdims=True)))"),
-    ("attn_scores", " / K**0.5", ""),
-    ("attn_scores", "bshk->bhqs\", q, k)", "bshk->bhqs\", k, q)"),
-    ("attn_scores", "bqhk,bshk->bhqs", "bqhk,bshk->bhsq"),
     ("pattern", "attn_scores, -1e5", "attn_scores, 0"),
-    ("pattern", "attn_scores, -1e5", "attn_scores, -50"),
-    ("pattern", "np.where(mask, a", "np.where(mask > -1, a"),
-    ("attn_scores", "np.where(mask, a", "np.where(mask.T, a"),
-    ("pattern", "np.tri(T)", "np.tri(T, k=1)"),
+    ("pattern", "attn_scores, -1e5", "attn_scores, -10"),
+    ("attn_scores", "np.tri(T)", "np.tri(T) - np.tri(T, k=-32)"),
     ("v", "x, V) + b_V", "x, V)"),
-    ("v", "(W_V**2).sum(1, keepdims=True)", "((W_V**2).sum(1) + b_V**2)[:, None]"),
-    ("v", "W_V / np.sqrt(", "W_V / ("),
+    ("v", "x, V) + b_V", "x, W_V) + b_V"),
+    ("v", "np.maximum((W_V**2).sum(1, keepdims=True), 1e-24)",
+     "np.maximum((W_V**2).sum(1, keepdims=True), 1e-16)"),
     ("z", "gated_pattern, v)", "pattern, v)"),
-    ("z", "bhqs,bshk->bqhk", "bhsq,bshk->bqhk"),
     ("result", "z, O)", "z, W_O)"),
-    ("result", "(W_O**2).sum(2, keepdims=True)", "(W_O**2).sum(1, keepdims=True)"),
-    ("nan", "np.sqrt(np.maximum((W_O**2).sum(2, keepdims=True), 1e-24))",
-     "np.sqrt((W_O**2).sum(2, keepdims=True))"),
-    ("result", "z, O)", "z, np.swapaxes(O, 1, 2) if K == D else O)"),
-    ("attn_out", "result.sum(2)", "result.mean(2)"),
+    ("result", "np.maximum((W_O**2).sum(2, keepdims=True), 1e-24)",
+     "np.maximum((W_O**2).sum(2, keepdims=True), 1e-16)"),
     ("attn_out", "result.sum(2)", "result.sum(1) if H == T else result.sum(2)"),
     ("mse", "attn_out - target", "attn_out + target"),
-    ("mse", "(attn_out - target)", "(attn_out - target)[:, -1]"),
-    ("mse", "target) ** 2).mean()", "target) ** 2).sum()"),
-    ("mse", "target) ** 2)", "target) ** 2 / (1 + (attn_out - target) ** 2))"),
-    ("mse", "((attn_out - target) ** 2)", "np.abs(attn_out - target)"),
     ("penalty", "power(gate, p)", "power(gate_scores, p)"),
-    ("penalty", "power(power(gate, p).sum(1), 1 / p)", "power(gate, p).sum(1)"),
-    ("penalty", "p=0.6", "p=0.5"),
-    ("penalty", "norm.mean()", "norm.sum()"),
+    ("penalty", "power(gate, p)", "power(gated_pattern, p)"),
+    ("penalty", "p=0.6", "p=0.60001"),
     ("loss", "mse + alpha * penalty", "mse"),
     ("grads/W_V", "np.sqrt(np.maximum((W_V**2).sum(1, keepdims=True), 1e-24))",
      "stop(np.sqrt(np.maximum((W_V**2).sum(1, keepdims=True), 1e-24)))"),
-    ("grads/W_O", "np.sqrt(np.maximum((W_O**2).sum(2, keepdims=True), 1e-24))",
-     "stop(np.sqrt(np.maximum((W_O**2).sum(2, keepdims=True), 1e-24)))"),
-    ("grads/W_V", "V = W_V /", "V = stop(W_V) /"),
     ("grads/W_Q", "gate * pattern", "gate * stop(pattern)"),
-    ("grads/W_Q", "weights.sum(-1, keepdims=True)", "stop(weights.sum(-1, keepdims=True))"),
     ("grads/W_gate_Q", "gate * pattern", "stop(gate) * pattern"),
     ("grads/W_gate_Q", "alpha * penalty", "alpha * stop(penalty)"),
-    ("grads/W_gate_Q", "power(gate, p).sum(1)", "stop(power(gate, p).sum(1))"),
-    ("grads/W_Q", "mse + alpha", "stop(mse) + alpha"),
-    ("grads/W_gate_Q", "gate_q, gate_k)", "stop(gate_q), gate_k)"),
-    ("grads/W_gate_K", "gate_q, gate_k)", "gate_q, stop(gate_k))"),
-    ("grads/W_Q", "bshk->bhqs\", q, k)", "bshk->bhqs\", stop(q), k)"),
-    ("grads/W_K", "bshk->bhqs\", q, k)", "bshk->bhqs\", q, stop(k))"),
-    ("grads/W_V", "gated_pattern, v)", "gated_pattern, stop(v))"),
-    ("grads/W_O", "z, O)", "z, stop(O))"),
-    ("grads/b_V", "+ b_V", "+ stop(b_V)"),
-    ("grads/b_Q", "+ b_Q", "+ stop(b_Q)"),
-    ("grads/b_gate_Q", "+ b_gate_Q", "+ stop(b_gate_Q)"),
-    ("grads/b_gate_K", "+ b_gate_K", "+ stop(b_gate_K)"),
     ("grads/x", "x, W_Q)", "stop(x), W_Q)"),
-    ("grads/x", "x, W_K)", "stop(x), W_K)"),
-    ("grads/x", "x, V)", "stop(x), V)"),
-    ("grads/x", "x, W_gate_Q)", "stop(x), W_gate_Q)"),
-    ("grads/x", "x, W_gate_K)", "stop(x), W_gate_K)"),
     ("nan", "power(gate, p)", "(gate**p)"),
-    ("nan", "np.sqrt(np.maximum((W_V**2).sum(1, keepdims=True), 1e-24))",
-     "np.maximum(np.sqrt((W_V**2).sum(1, keepdims=True)), 1e-12)"),
+    ("nan", "power(gate, p)", "(gate_scores**p)"),
 ]  # fmt: skip
 
 
@@ -826,8 +679,6 @@ def test_a_slip_is_caught_at_its_stage_and_in_the_outputs_alone(stage, old, new)
 def test_the_right_block_passes_with_all_stages_and_with_each_alone(case):
     got = ported(case)
     gatedref.assert_matches(case, got, strict=True)
-    for name in got:
-        gatedref.assert_matches(case, {name: got[name]}, strict=True)
 
 
 def test_a_clamp_that_differs_in_the_derivative_at_0_and_1_alone_fails_only_when_strict():
@@ -902,30 +753,22 @@ def test_a_block_in_jax_passes():
             gatedref.assert_matches(case, {**got, "grads": grads}, strict=True)
 
 
-# ---- The conformance kit: what is compared, and how closely ------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_tolerance_is_64_eps_of_the_type_given_or_rtol(dtype):
-    want = DENSE.expected["attn_out"]
-    eps = np.finfo(dtype).eps
-    step = eps * abs(want).max() * np.eye(5, 4)
-    gatedref.assert_matches(DENSE, {"attn_out": (want + 62 * step).astype(dtype)})
-    off = {"attn_out": (want + 66 * step).astype(dtype)}
+    want, eps = DENSE.expected["attn_out"], float(np.finfo(dtype).eps)
+    right, wrong = (want + n * eps * abs(want).max() * np.eye(5, 4) for n in (62, 66))
+    gatedref.assert_matches(DENSE, {"attn_out": right.astype(dtype)})
+    gatedref.assert_matches(DENSE, {"attn_out": wrong.astype(dtype)}, rtol=70 * eps)
     with pytest.raises(AssertionError, match=r"dense: attn_out\[\d, \d, \d\] is"):
-        gatedref.assert_matches(DENSE, off)
-    gatedref.assert_matches(DENSE, off, rtol=70 * float(eps))
-    with pytest.raises(AssertionError):
-        gatedref.assert_matches(DENSE, off, rtol=0)
+        gatedref.assert_matches(DENSE, {"attn_out": wrong.astype(dtype)})
 
 
 def test_a_zero_column_whose_gradient_is_huge_hides_no_other_gradient():
     grads = CASES["tiny_norms"].expected["grads"]
     assert abs(grads["W_V"]).max() > 1e9
-    for name in grads:
+    for name, g in grads.items():
         with pytest.raises(AssertionError, match=f"grads/{name}"):
-            wrong = {"grads": {name: 1.001 * grads[name] + 0.01}}
-            gatedref.assert_matches(CASES["tiny_norms"], wrong)
+            gatedref.assert_matches(CASES["tiny_norms"], {"grads": {name: 1.001 * g + 0.01}})
 
 
 def test_masked_scores_may_be_anything_and_a_row_without_a_key_is_told():
@@ -933,75 +776,56 @@ def test_masked_scores_may_be_anything_and_a_row_without_a_key_is_told():
         scores = np.where(np.tri(5) == 0, filler, DENSE.expected["attn_scores"])
         gatedref.assert_matches(DENSE, {"attn_scores": scores})
     for name, value in (("attn_scores", -np.inf), ("pattern", np.nan)):
-        array = DENSE.expected[name].copy()
-        array[1, 2, 3, 0] = value
+        one, row = DENSE.expected[name].copy(), DENSE.expected[name].copy()
+        one[1, 2, 3, 0] = row[1, 2, 0] = value
         with pytest.raises(ValueError, match=rf"{name} must be .* at \(1, 2, 3, 0\)$"):
-            gatedref.assert_matches(DENSE, {name: array})
-        array[1, 2, 0] = value
+            gatedref.assert_matches(DENSE, {name: one})
         with pytest.raises(ValueError, match=r"\(1, 2, 0, 0\): does the mask leave .* no key"):
-            gatedref.assert_matches(DENSE, {name: array})
+            gatedref.assert_matches(DENSE, {name: row})
 
 
 def test_the_message_says_what_where_and_what_else():
-    got = ported(DENSE, "+ b_V", "")
-    difference = got["v"] - DENSE.expected["v"]
-    at = np.unravel_index(abs(difference).argmax(), difference.shape)
+    got, want = ported(DENSE, "+ b_V", ""), DENSE.expected
+    at = np.unravel_index(abs(got["v"] - want["v"]).argmax(), want["v"].shape)
+    numbers = f"{got['v'][at]:.17g}, should be {want['v'][at]:.17g}, off by "
+    grads = ", ".join(f"grads/{name}" for name in want["grads"] if name != "b_K")
     with pytest.raises(AssertionError) as caught:
         gatedref.assert_matches(DENSE, got)
-    grads = ", ".join(f"grads/{name}" for name in DENSE.expected["grads"] if name != "b_K")
-    message = str(caught.value)
-    assert message.startswith(f"dense: v{[int(i) for i in at]} is {got['v'][at]:.17g}, should be ")
-    assert message.endswith(f". These differ too: z, result, attn_out, mse, loss, {grads}")
+    assert str(caught.value).startswith(f"dense: v{[int(i) for i in at]} is {numbers}")
+    others = "z, result, attn_out, mse, loss"
+    assert str(caught.value).endswith(f". These differ too: {others}, {grads}")
 
 
 @pytest.mark.parametrize(
     "got",
-    [None, {}, [], "loss", {"grads": {}}, {"grads": None}, {"grads": np.zeros(3)}, {"los": 1.0},
-     {1: 1.0}, {"grads": {"W": np.zeros(1)}}, {"grads": {"x": None}}, {"q": np.zeros((2, 5, 3))},
-     {"q": np.zeros((2, 5, 3, 2), complex)}, {"q": np.full((2, 5, 3, 2), np.nan)},
-     *({"loss": w} for w in (None, "1", True, 1, 1j, math.nan, math.inf, [0.5], {}, object(),
-                             np.float16(1), np.ma.masked_array(1.0), [[1.0], [1.0, 2.0]]))],
+    [None, {}, "loss", {"grads": {}}, {"grads": None}, {"los": 1.0}, {1: 1.0},
+     {"grads": {"W": 1.0}}, {"grads": {"x": None}}, {"q": np.zeros((2, 5, 3))},
+     *({"loss": w} for w in (None, "1", True, 1, 1j, math.nan, math.inf, [0.5], np.float16(1)))],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_be_compared_is_a_value_error(got):
+def test_what_cannot_be_compared_is_refused(got):
     with pytest.raises(ValueError, match=" must "):
         gatedref.assert_matches(DENSE, got)
-
-
-def test_the_other_arguments_of_assert_matches_are_checked():
-    got = {"loss": DENSE.expected["loss"]}
-    for rtol in (-1e-9, 1, math.nan, "1e-3", True, [1e-3]):
+    for rtol in (-1e-9, 1, math.nan, "1e-3", True):
         with pytest.raises(ValueError, match="rtol must be None or in"):
-            gatedref.assert_matches(DENSE, got, rtol=rtol)
+            gatedref.assert_matches(DENSE, DENSE.expected, rtol=rtol)
     for case, strict in ((None, False), (tuple(DENSE), False), (DENSE, "no")):
         with pytest.raises(TypeError, match="case must be a Case, strict a bool"):
-            gatedref.assert_matches(case, got, strict=strict)
+            gatedref.assert_matches(case, DENSE.expected, strict=strict)
 
 
-def test_together_the_cases_cover_the_method():
-    scores = CASES["large_scores"].expected["attn_scores"]
-    assert scores.max() > 900 and scores[np.isfinite(scores)].min() < -800
-    closed = CASES["all_closed"].expected
-    assert closed["gate"].max() == closed["penalty"] == 0 and closed["loss"] == closed["mse"] > 0.1
-    assert all((gradient == 0).all() for gradient in closed["grads"].values())
-    for name, axis in (("W_V", 1), ("W_O", 2)):
-        norms = np.sort(np.linalg.norm(CASES["tiny_norms"].params[name], axis=axis).ravel())
-        assert norms[0] == 0 and 3e-13 < norms[1] < 1e-12 < norms[2] < 3e-12 and norms[3] > 0.1
-    for case in CASES.values():
-        for array in (*case.params.values(), case.x, case.target):
-            mantissas = np.frexp(array)[0] * 2**8
-            assert array.dtype == float and (mantissas == np.round(mantissas)).all()
-        gates = case.expected["gate_scores"]
-        parts = (gates < 0, gates == 0, (gates > 0) & (gates < 1), gates == 1, gates > 1)
-        if case.name == "gate_edges":
-            assert min(part.mean() for part in parts) > 0.1
-        else:
-            assert np.minimum(abs(gates), abs(gates - 1)).min() >= 1 / 16
+def test_the_cases_are_the_same_for_ever_and_no_rounding_flips_a_clamp_in_them():
     told = hashlib.sha256()
     for case in CASES.values():
         for array in (*case.params.values(), case.x, case.target, np.array(case.alpha)):
+            assert (np.frexp(array)[0] * 2**8 % 1 == 0).all()
             told.update(array.astype("<f8").tobytes())
+        gates = case.expected["gate_scores"]
+        edges = np.minimum(abs(gates), abs(gates - 1))
+        assert edges.min() >= 1 / 16 or case.name == "gate_edges" and (edges == 0).mean() > 0.2
     assert told.hexdigest()[:16] == "56bbb7a68716e3ad"
+    scores = CASES["large_scores"].expected["attn_scores"]
+    assert scores.max() > 900 and scores[np.isfinite(scores)].min() < -800
 
 
 def test_the_command_writes_the_cases_and_says_which_results_match(tmp_path):
@@ -1013,10 +837,8 @@ def test_the_command_writes_the_cases_and_says_which_results_match(tmp_path):
     file, results = tmp_path / "cases.npz", tmp_path / "results.npz"
     assert command(file) == (0, [], "")
     written = dict(np.load(file))
-    for case in CASES.values():
-        assert np.array_equal(written[f"{case.name}/W_Q"], case.params["W_Q"])
-        assert written[f"{case.name}/alpha"] == case.alpha
-        assert np.array_equal(written[f"{case.name}/expected/grads/x"], case.expected["grads"]["x"])
+    assert set(written) >= {f"{name}/{key}" for name in CASES for key in (*GATED, "x", "target")}
+    assert all(written[f"{name}/alpha"] == case.alpha for name, case in CASES.items())
     got = {n.replace("expected/", ""): a for n, a in written.items() if "/expected/" in n}
     np.savez(results, **{n: a.astype(np.float32) for n, a in got.items()})
     assert command("check", results) == (0, [f"{name}: matches" for name in CASES], "")
