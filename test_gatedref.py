@@ -498,7 +498,6 @@ REFUSED = [  # how the message begins, and the call
     *((TypeError, of_loss(causal=w)) for w in (0, 1, None, "yes")),
     ("gate must be >= 0, got -1e-300", of("lp_penalty", bad(np.ones((1, 2, 3, 3)), -1e-300))),
     ("gate has 3 along T, where gate has 2", of("lp_penalty", np.ones((1, 2, 2, 3)))),
-    ("gate must be >= 0, got inf", of("lp_penalty", bad(np.ones((1, 2, 3, 3)), INF))),
     *(("tokens must be .*got", of_tokens(w)) for w in ([0, 1], [[0.0]], [[True]], [[]], None)),
     (r"tokens must be in \[0, 5\), got 7 at \(0, 1\)", of_tokens([[0, 7, -1]])),
     *(("layers must be a list", of_tokens([[0]], w)) for w in ([], None, BLOCK, "x", 3)),
@@ -722,7 +721,8 @@ def torch_block(torch, case, dtype):
     got["result"] = torch.einsum("bqhc,hcd->bqhd", got["z"], unit(leaves["W_O"], dim=2))
     got["attn_out"] = got["result"].sum(2)
     got["mse"] = torch.nn.functional.mse_loss(got["attn_out"], torch.tensor(case.target).to(dtype))
-    got["penalty"] = torch.linalg.vector_norm(got["gate"], ord=0.6, dim=1).mean()
+    power = lambda base, p: torch.where(base > 0, torch.where(base > 0, base, one) ** p, zero)
+    got["penalty"] = power(power(got["gate"], 0.6).sum(1), 1 / 0.6).mean()
     got["loss"] = got["mse"] + case.alpha * got["penalty"]
     got["loss"].backward()
     return {**got, "grads": {name: leaf.grad for name, leaf in leaves.items()}}
@@ -746,10 +746,10 @@ def test_a_block_in_jax_passes():
         return got["loss"], {name: got[name] for name in DENSE.expected if name != "grads"}
 
     gradient = jax.jit(jax.grad(block, has_aux=True))
-    for i, case in enumerate(CASES.values()):  # in turn, for XLA takes a second or more for each
-        with jax.enable_x64(i % 2 == 0):
+    for i, name in enumerate(("large_scores", "tiny_norms", "gate_edges", "all_closed")):
+        case = CASES[name]
+        with jax.enable_x64(i % 2 == 0):  # few and in turn, as XLA takes seconds for each
             grads, got = gradient({**case.params, "x": case.x}, case.target, case.alpha)
-            assert got["loss"].dtype == ("float64" if i % 2 == 0 else "float32")
             gatedref.assert_matches(case, {**got, "grads": grads}, strict=True)
 
 
