@@ -6,10 +6,10 @@ block with more heads. Each head has a gate for every (query, key) pair, and a p
 makes it dear for two heads to be open on one pair.
 
 Parameters are dicts of arrays, and autograd differentiates every function of them. Axes: B batch,
-T positions, D d_model, H heads, K d_head, G d_gate, V vocabulary, S sequences. `einsum` has them in
-small letters, with q for the query's position (destination) and s for the key's (source). Arrays
-are float64, float32 or integers, which count as floats; results have the widest type that came in.
-A wrong name, type, shape or range is a ValueError that names it; no dict, no bool: a TypeError.
+T positions, D d_model, H heads, K d_head, G d_gate, V vocabulary, S sequences; in `einsum`, q is the
+query's position (destination) and s the key's (source). Arrays are float64, float32 or integers,
+and results have the widest float type that came in. A wrong name, type, shape or range is a
+ValueError that names it; no dict, no bool: a TypeError.
 
 The post: Mathwin, Akar and Sharkey, "Gated Attention Blocks: Preliminary Progress toward Removing
 Attention Head Superposition", April 2024. It, and the code published with it, is the source where
@@ -88,13 +88,7 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
     if not callable(activation) and activation not in list(ACTIVATIONS):
         raise ValueError(f"activation must be callable or in {[*ACTIVATIONS]}, got {activation!r}")
     params, x = _checked(GATED_BLOCK, params, x=x)
-    block = {name: params[name] for name in BLOCK}
-    W_V, b_V, W_O = params["W_V"], params["b_V"], params["W_O"]
-    block["W_V"], block["W_O"] = W_V / _norm(W_V, axis=1), W_O / _norm(W_O, axis=2)
-    if value_scale is not None:
-        _array("value_scale", value_scale, wanted="None or > 0", valid=lambda scale: scale > 0)
-        norm = _norm(np.concatenate([W_V, b_V[:, None]], axis=1), axis=1)  # [H, 1, K]
-        block.update(W_V=value_scale * W_V / norm, b_V=value_scale * b_V / norm[:, 0])
+    block = {**{name: params[name] for name in BLOCK}, **normalised(params, value_scale)}
     gate_q = einsum("btd,hdg->bthg", x, params["W_gate_Q"]) + params["b_gate_Q"]  # [B, T, H, G]
     gate_k = einsum("btd,hdg->bthg", x, params["W_gate_K"]) + params["b_gate_K"]
     gate_scores = einsum("bqhg,bshg->bhqs", gate_q, gate_k)  # [B, H, query, key]
@@ -103,6 +97,16 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
         raise ValueError(f"activation must keep shape {gate_scores.shape}, got {np.shape(gate)}")
     scores = {"gate_q": gate_q, "gate_k": gate_k, "gate_scores": gate_scores}
     return {**scores, **_attend(x, **block, gate=gate)}
+
+
+def normalised(params, value_scale=None):
+    """`W_V`, `b_V` and `W_O` as `gated_attention` computes with them, by its rule."""
+    W_V, b_V, W_O = params["W_V"], params["b_V"], params["W_O"] / _norm(params["W_O"], axis=2)
+    if value_scale is None:
+        return {"W_V": W_V / _norm(W_V, axis=1), "b_V": b_V, "W_O": W_O}
+    _array("value_scale", value_scale, wanted="None or > 0", valid=lambda scale: scale > 0)
+    norm = _norm(np.concatenate([W_V, b_V[:, None]], axis=1), axis=1)  # [H, 1, K]
+    return {"W_V": value_scale * W_V / norm, "b_V": value_scale * b_V / norm[:, 0], "W_O": W_O}
 
 
 def _norm(W, axis):
@@ -224,10 +228,9 @@ def transformer(layers, tokens, *, activation="clamp", value_scale=None):
 def handmade_superposition(n_trigrams):
     """Two heads, d_head 1, that complete n trigrams between them, written down without training.
 
-    The answer to trigram i has the angle (i - 1/2) / n * 90 degrees. Head 0 writes along its cosine
-    and head 1 along its sine, so that one alone points at trigram 1's answer, or at trigram n's:
-    head 0 holds the first and head 1 the last, and all others are distributed. n_trigrams: a whole
-    number >= 2. Returns the parameters of an `attention` block, D = 2 n + 2."""
+    The answer to trigram i has the angle (i - 1/2) / n * 90 degrees. Head 0 writes its cosine, head
+    1 its sine: alone they point at trigram 1's answer and at trigram n's, and hold these; all others
+    are distributed. n_trigrams: 2 or more. Returns parameters for `attention`, D = 2 n + 2."""
     n = _whole("n_trigrams", n_trigrams, 2)
     sizes = {"H": 2, "D": 2 * n + 2, "K": 1}
     params = {name: np.zeros([sizes[axis] for axis in axes]) for name, axes in BLOCK.items()}
@@ -243,13 +246,12 @@ def handmade_superposition(n_trigrams):
 def sample_skip_trigrams(n_trigrams, n_sequences, n_positions=11, seed=0):
     """Sequences of OV-incoherent skip trigrams [0] ... [i] -> [i + n], for i = 1 to n.
 
-    V = 2 n + 2 tokens: 0 is A, 1 to n are the B, n + 1 to 2 n their C, 2 n + 1 is BOS. Position 0
-    is BOS. Then each token is uniform over all V, until a 0 is drawn, and over 1 to V - 1 from then
-    on, until a B is drawn, say i. The next token, where there is one, is then i + n, and it begins
-    anew. The source token is always 0, and what must be written depends on the query token: an OV
-    circuit, which sees only the source, cannot tell. n_trigrams, n_sequences, n_positions: whole
-    numbers >= 1. seed: one >= 0. Returns `tokens`, integers [S, T], and `completes`, booleans
-    [S, T], true at the B of each trigram, also where that B is last."""
+    V = 2 n + 2 tokens: 0 is A, 1 to n are the B, n + 1 to 2 n their C, 2 n + 1 is BOS, which comes
+    first. Then each token is uniform over all V, until a 0 is drawn, and over 1 to V - 1 from then
+    on, until a B is drawn, say i. The next token is then i + n, and it begins anew. The source is
+    always 0, and what must be written depends on the query: an OV circuit, which sees the source
+    alone, cannot tell. n_trigrams, n_sequences, n_positions: 1 or more. seed: 0 or more. Returns
+    `tokens`, integers [S, T], and `completes`, booleans [S, T], true at each trigram's B."""
     n = _whole("n_trigrams", n_trigrams, 1)
     shape = _whole("n_sequences", n_sequences, 1), _whole("n_positions", n_positions, 1)
     rng = np.random.default_rng(_whole("seed", seed, 0))
@@ -266,10 +268,10 @@ def sample_skip_trigrams(n_trigrams, n_sequences, n_positions=11, seed=0):
 def holders(result, answers, threshold=0.99):
     """The smallest sets of heads that hold an answer.
 
-    A set A of heads *holds* an answer when it survives whatever other heads are removed: for every
-    set R of heads that contains A, np.argmax over V of (sum over R of result) = answer, for all
-    those R at once, on more than `threshold` of the sequences. An answer that the model gets right
-    and that no single head holds is *distributed*: it is in superposition.
+    A set A of heads *holds* an answer when it survives whatever other heads are removed: np.argmax
+    over V of (sum over R of result) = answer for every set R of heads that contains A, all at once,
+    on more than `threshold` of the sequences. A right answer that no single head holds is
+    *distributed*: it is in superposition.
     Let m_h = result_h[answer] - result_h[c] be the lead of head h over a rival token c. Of all R,
     the worst for the answer adds the heads whose lead is negative. So A holds where for every c
 
@@ -277,9 +279,8 @@ def holders(result, answers, threshold=0.99):
     (>= where c comes after the answer, as np.argmax breaks ties): A pushes the answer further above
     each rival than all heads together push the rival up. The published rule, for one head, differs
     in one thing: R is never all heads, and whether these are right is asked separately.
-    result: [S, H, V], each head's output at one position of each sequence. answers: integers [S]
-    in [0, V). threshold: in [0, 1). Returns the sets of fewest heads that hold, as sorted tuples in
-    a sorted list; [] for none."""
+    result: [S, H, V], each head's output at one position of each sequence. answers: [S], in [0, V).
+    threshold: in [0, 1). Returns a sorted list of the smallest sets that hold, as tuples."""
     _array("threshold", threshold, wanted="in [0, 1)", valid=lambda t: (t >= 0) & (t < 1))
     given = {"result": result, "answers": answers}
     result = _checked({"result": "SHV", "answers": "S"}, given)[0]["result"].astype(float)
@@ -334,8 +335,7 @@ def cases(value_scale=None):
     """Yields ten named tuples: `name`, the arguments of `loss`, and `expected`, a dict of every
     intermediate, the losses, and `grads`, a dict of d loss / d parameter and d loss / d x. With a
     value_scale, a number > 0, they are the same cases for the block with that option.
-    Entries have 8 bits; gate scores are odd multiples of 1/16, so that no rounding flips a clamp,
-    but in `gate_edges` many are exactly 0 or 1."""
+    No rounding flips a clamp; in `gate_edges` many gate scores are exactly 0 or 1."""
     option = {"value_scale": value_scale}
     for name, (state, sizes, alpha, own) in _CASES.items():
         sizes, arrays = dict(zip("BTHDKG", sizes)), {}
@@ -361,10 +361,10 @@ def assert_matches(case, got, *, rtol=None, strict=False):
         |got - expected| > tolerance * max |expected|        (a max of 0 counts as 1)
     The tolerance is rtol, in [0, 1), else 64 eps of the type that is given: 1.4e-14 in float64,
     7.6e-6 in float32. All gradients share one max. Those of `W_V` and `W_O` count times the norms
-    that these are divided by, else a zero column's, of 1e12, would hide the others.
-    got: a dict of any of the names in `expected` and in its `grads`: NumPy, PyTorch or JAX floats.
-    Masked `attn_scores` may be anything. strict: True to compare in `gate_edges` the gradients that
-    pass through gates of exactly 0 or 1, too: those of x and the gate, where libraries differ."""
+    that these are divided by, else a zero column's, of 1e12, would hide the others. got: a dict of
+    any names of `expected` and its `grads`: NumPy, PyTorch or JAX floats. Masked `attn_scores` may
+    be anything. strict: True to compare in `gate_edges` also the gradients through gates of exactly
+    0 or 1, of x and the gate, where libraries differ."""
     if not isinstance(case, Case) or not isinstance(strict, (bool, np.bool_)):
         raise TypeError(f"case must be a Case, strict a bool, got {type(case)} and {strict!r}")
     _array("rtol", rtol or 0, wanted="None or in [0, 1)", valid=lambda r: (r >= 0) & (r < 1))
@@ -376,8 +376,8 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     if not strict and np.isin(want["gate_scores"], (0, 1)).any():
         given = {n: g for n, g in given.items() if n.removeprefix("grads/") not in ("x", *GATE)}
     want = {name: np.where(np.isinf(array), 0.0, array) for name, array in want.items()}
-    W_V, b_V = case.params["W_V"], case.params["b_V"][:, None]
-    W_V = W_V if case.value_scale is None else np.concatenate([W_V, b_V], axis=1)
+    b_V = case.params["b_V"][:, None] * (case.value_scale is not None)
+    W_V = np.concatenate([case.params["W_V"], b_V], axis=1)  # b_V, too, where it is normalised
     norms = {"grads/W_V": _norm(W_V, 1), "grads/W_O": _norm(case.params["W_O"], 2)}
     of_grads = max(abs(want[n] * norms.get(n, 1)).max() for n in want if n.startswith("grads/"))
     for name, (array, eps) in given.items():
