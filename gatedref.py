@@ -7,8 +7,8 @@ makes it dear for two heads to be open on one pair.
 
 Parameters are dicts of arrays, and autograd differentiates every function of them. Axes: B batch,
 T positions, D d_model, H heads, K d_head, G d_gate, V vocabulary, S sequences; in `einsum`, q is
-the query's position (destination) and s the key's (source). Arrays are float64, float32 or integers,
-and results have the widest float type that came in. A wrong name, type, shape or range is a
+the query's position (destination) and s the key's (source). Arrays are float64, float32 or
+integers, and results have the widest float type that came in. A wrong name, type, shape or range is a
 ValueError that names it; no dict, no bool: a TypeError.
 
 The post: Mathwin, Akar and Sharkey, "Gated Attention Blocks: Preliminary Progress toward Removing
@@ -230,7 +230,7 @@ def handmade_superposition(n_trigrams):
 
     The answer to trigram i has the angle (i - 1/2) / n * 90 degrees. Head 0 writes its cosine, head
     1 its sine: alone they point at trigram 1's answer and at trigram n's, and hold these; the
-    others are distributed. n_trigrams: 2 or more. Returns parameters for `attention`, D = 2 n + 2."""
+    others are distributed. n_trigrams: 2 or more. Returns `attention` parameters, D = 2 n + 2."""
     n = _whole("n_trigrams", n_trigrams, 2)
     sizes = {"H": 2, "D": 2 * n + 2, "K": 1}
     params = {name: np.zeros([sizes[axis] for axis in axes]) for name, axes in BLOCK.items()}
