@@ -8,8 +8,8 @@ makes it dear for two heads to be open on one pair.
 Parameters are dicts of arrays, and autograd differentiates every function of them. Axes: B batch,
 T positions, D d_model, H heads, K d_head, G d_gate, V vocabulary, S sequences; in `einsum`, q is
 the query's position (destination) and s the key's (source). Arrays are float64, float32 or
-integers, and results have the widest float type that came in. A wrong name, type, shape or range is a
-ValueError that names it; no dict, no bool: a TypeError.
+integers, and results have the widest float type that came in. A wrong name, type, shape or range
+is a ValueError that names it; no dict, no bool: a TypeError.
 
 The post: Mathwin, Akar and Sharkey, "Gated Attention Blocks: Preliminary Progress toward Removing
 Attention Head Superposition", April 2024. It, and the code published with it, is the source where
