@@ -101,7 +101,8 @@ def gated_attention(params, x, *, activation="clamp", value_scale=None):
 
 def normalised(params, value_scale=None):
     """`W_V`, `b_V` and `W_O` as `gated_attention` computes with them, by its rule."""
-    W_V, b_V, W_O = params["W_V"], params["b_V"], params["W_O"] / _norm(params["W_O"], axis=2)
+    W_V, b_V, W_O = params["W_V"], params["b_V"], params["W_O"]
+    W_O = W_O / _norm(W_O, axis=2)
     if value_scale is None:
         return {"W_V": W_V / _norm(W_V, axis=1), "b_V": b_V, "W_O": W_O}
     _array("value_scale", value_scale, wanted="None or > 0", valid=lambda scale: scale > 0)
@@ -151,9 +152,8 @@ def loss(params, x, target, alpha, *, activation="clamp", value_scale=None, p=0.
 
         mse  = mean over B, T, D of (attn_out - target)^2
         loss = mse + alpha * penalty
-    target: [B, T, D], the original block's `attn_out`, without the residual stream, at every
-    position. alpha: a number >= 0. The rest as in `gated_attention` and `lp_penalty`.
-    Returns a dict of the scalars `mse`, `penalty` and `loss`."""
+    target: [B, T, D], the original block's `attn_out`, without the residual stream. alpha: >= 0.
+    The rest as in `gated_attention` and `lp_penalty`. Returns `mse`, `penalty`, `loss`, scalars."""
     _array("alpha", alpha, wanted=">= 0", valid=lambda alpha: alpha >= 0)
     params, x, target = _checked(GATED_BLOCK, params, x=x, target=target)
     block = gated_attention(params, x, activation=activation, value_scale=value_scale)
