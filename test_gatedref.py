@@ -197,6 +197,32 @@ def test_the_loss_equals_plain_loops_to_13_digits(options):
     assert scalars == pytest.approx(naive, rel=1e-13)
 
 
+def test_three_heads_that_overlap_cost_what_six_that_do_not_cost():
+    """Each of the queries 0, 1 and 2 copies two of the three numbers of the key 3: a proof that the
+    penalty prefers neither heads that serve two queries each nor heads that serve one."""
+    rng, tokens = np.random.default_rng(0), np.tile([3, 0, 1, 2], (50, 1))
+    x = np.eye(7)[rng.permuted(tokens, axis=1)]  # four tokens, then the three numbers
+    x[..., 4:] += x[..., 3:4] * rng.normal(size=(50, 4, 3))
+    asked = x[..., :3] @ [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
+    seen = np.cumsum(x[..., 4:], axis=1) / np.arange(1, 5)[:, None]  # by uniform attention
+    target = np.concatenate([0 * x[..., :4], asked * seen], axis=2)
+
+    def block_of(*heads):  # of each head: the number that it copies, and for which queries
+        params = gatedref.init_params(len(heads), 7, 1, d_gate=1)
+        params = {name: np.zeros_like(array) for name, array in params.items()}
+        for head, (number, queries) in enumerate(heads):
+            params["W_V"][head, 4 + number] = params["W_O"][head, :, 4 + number] = 1
+            params["W_gate_Q"][head, queries] = params["W_gate_K"][head, 3] = 1
+        return params
+
+    overlap = block_of((0, [0, 2]), (1, [0, 1]), (2, [1, 2]))
+    disjoint = block_of((0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (0, 2))
+    both = [gatedref.loss(block, x, target, 0.1) for block in (overlap, disjoint)]
+    assert max(each["mse"] for each in both) < 1e-30
+    assert both[0] == pytest.approx(both[1], rel=0, abs=1e-15)
+    assert both[0]["penalty"] == pytest.approx(3 / 16 * 2 ** (1 / 0.6))
+
+
 # ---- Gradients ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(
@@ -451,6 +477,22 @@ def test_the_authors_models_hold_and_leave_unexplained_what_they_did(model):
         error, deviation = block["attn_out"] - target, target - target.mean((0, 1))
         unexplained = (error**2).sum() / (deviation**2).sum()
         assert unexplained == pytest.approx(UNEXPLAINED[model], rel=0.04)
+
+
+def test_a_head_escapes_the_published_penalty_through_its_value_bias_and_value_scale_holds_it():
+    names = [name for name in PUBLISHED if name.startswith("2H3T/gated/")]
+    params = {name.split("/")[2]: PUBLISHED[name].astype(float) for name in names}
+    smaller = {name: params[name] / (1000 if "gate_Q" in name else 1) for name in params}
+    smaller["b_V"] = 1000 * params["b_V"]
+    x = np.eye(8)[gatedref.sample_skip_trigrams(3, 1000)[0]]
+    target = published("2H3T/toy", x.argmax(axis=2))["attn_out"]
+    before, after = (gatedref.loss(block, x, target, 1) for block in (params, smaller))
+    assert before["penalty"] == pytest.approx(0.0155, rel=0.02)
+    assert after["penalty"] == pytest.approx(before["penalty"] / 1000)
+    assert after["mse"] == pytest.approx(before["mse"], rel=0.01)
+    before, after = (gatedref.loss(b, x, target, 1, value_scale=20) for b in (params, smaller))
+    assert after["mse"] > 2.5 * before["mse"]
+
 
 
 # ---- What is refused, and what is taken --------------------------------------------------------

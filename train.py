@@ -694,7 +694,8 @@ def draw_price(results, out):
             default = np.interp(-RECIPE["alpha"][1], alphas, range(len(alphas)))
             ax.axvline(default, color="0.6", ls=":", label="default")
             for row in authors if name != "apart" else []:
-                ax.axhline(row[name], color=COLOURS[row["key"]], ls="--", label="authors' block")
+                look = {"color": COLOURS[row["key"]], "label": f"{row['key']}, authors"}
+                ax.axhline(row[name], ls="--", **look)
             ax.set_xticks(range(len(alphas)), [alpha for (alpha,) in runs])
             ax.set(xlabel="last alpha", ylabel=told[name], ylim=(0, 1.02))
         axes[0][2].set(yscale="log", ylim=(1e-3, 1))
