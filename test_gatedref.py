@@ -3,7 +3,6 @@
 SPDX-License-Identifier: MIT. Copyright (c) 2026 the gatedref authors.
 """
 
-import functools
 import hashlib
 import itertools
 import math
@@ -12,15 +11,17 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
+from functools import cache, partial
 from pathlib import Path
 
 import autograd.numpy as anp
 import numpy as np
 import pytest
-from autograd import grad
+from autograd import elementwise_grad, grad
 from autograd.tracer import getval
 
 import gatedref
+import train
 
 # Matplotlib 3.9 calls pyparsing by names that the newest pyparsing deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -515,7 +516,7 @@ def of(function, *arguments, **options):
     return lambda: getattr(gatedref, function)(*arguments, **options)
 
 
-of_x = functools.partial(of, "gated_attention", BLOCK)
+of_x = partial(of, "gated_attention", BLOCK)
 of_block = lambda **changes: of("gated_attention", {**BLOCK, **changes}, X)
 of_loss = lambda target=X, alpha=0.1, **options: of("loss", BLOCK, X, target, alpha, **options)
 of_tokens = lambda tokens, layers=(BLOCK,): of("transformer", layers, tokens)
@@ -710,7 +711,7 @@ def first_caught(got_of, names=None):
 
 @pytest.mark.parametrize("stage, old, new", SLIPS)
 def test_a_slip_is_caught_at_its_stage_and_in_the_outputs_alone(stage, old, new):
-    got_of = functools.cache(lambda name: ported(CASES[name], old, new))
+    got_of = cache(lambda name: ported(CASES[name], old, new))
     assert first_caught(got_of) == stage
     caught = first_caught(got_of, ENDS)
     assert caught is None if stage == "k" else caught is not None  # a softmax does not notice b_K
@@ -890,3 +891,380 @@ def test_the_command_writes_the_cases_and_says_which_results_match(tmp_path):
     assert code == 1 and len(lines) == len(CASES) and lines[0] == "one_hot: matches"
     assert lines[1].startswith("dense: z[") and lines[4].startswith("one_head: got must be a dict")
     assert command()[0] == 1 and "python gatedref.py CASES.npz writes" in command()[2]
+
+
+# ---- train.py ------------------------------------------------------------------------------------
+
+V = 8  # tokens, of three trigrams
+TOKENS = gatedref.sample_skip_trigrams(3, 40)[0]
+TOKENS[TOKENS == 5] = 4  # there is no token 5
+ROWS, ONE_HOT = train.tabulate(TOKENS, V), np.eye(V)[TOKENS]
+REAL = np.arange(ROWS["n_rows"].max()) < ROWS["n_rows"][:, None]
+EVERY_ROW = ROWS["counts"], ROWS["after"], REAL / TOKENS.size  # a batch of each row once
+TOY = {name: 3 * array for name, array in gatedref.init_params(2, V, 1, 1).items()}
+# Gates closed, between and open, and a zero column of W_V.
+GATED_8 = {n: a + 0.5 * ("b_gate" in n) for n, a in randoms(GATED, 0, 0.8, D=V, G=2).items()}
+GATED_8["W_V"][0, :, 0] = 0
+FAR = {"b_Q": 1 + 0 * TOY["b_Q"], "W_K": 1000 * np.arange(16.0).reshape(2, V, 1)}
+SHORT = {**train.RECIPE, "steps": 12, "batch": 5}
+ROW = {"key": "2H3T", "variant": "a", "seed": np.int64(0), "fvu": 0.0123456789, "share": 0.9}
+ROW |= {"holders_toy": [[[0], [2]], [[0, 1]], []], "holders_gated": [[[0]], [[1]], [[2]]]}
+ROW |= {"accuracy_toy": [1.0, 1.0, 1.0], "accuracy_gated": [1.0, 1.0, 0.9]}
+ROW |= {"apart": np.bool_(True), "shares_toy": np.array([[1 / 3, 2]])}
+BY_TOKEN = TOKENS.argsort(axis=None, kind="stable")  # positions in the order of counts[REAL]
+
+
+def test_rows_and_pairs_count_what_the_sequences_hold_and_a_batch_weighs_as_they_do():
+    rows, pairs = Counter(), Counter()
+    for sequence in TOKENS.tolist():
+        pairs.update(itertools.product(sequence, sequence))  # the gate has no mask
+        for t, query in enumerate(sequence):
+            counts = (sequence[: t + 1].count(token) for token in range(V))
+            rows[(query, *counts, (*sequence, -1)[t + 1])] += 1
+    tuples = lambda counts, after, of: [(q, *counts[q, i], after[q, i]) for q, i in np.argwhere(of)]
+    assert Counter(tuples(ROWS["counts"], ROWS["after"], REAL)) == rows
+    assert_close(ROWS["pairs"], table((V, V), lambda *pair: pairs[pair] / TOKENS.size / 11), 14)
+    assert ROWS["n_rows"][5] == 0 and (ROWS["counts"].sum(axis=2) > 0).all()  # each sees a key
+    counts, after, weight = train.draw(ROWS, 2000, np.random.default_rng(0))
+    drawn = tuples(counts, after, np.arange(V)[:, None] + np.zeros(2000) != 5)
+    assert len(drawn) == 7 * 2000 and set(drawn) == set(rows)
+    assert_close(weight, np.outer(ROWS["n_rows"], np.ones(2000)) / TOKENS.size / 2000, 14)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"p": 0.4}, {"p": 2.0, "activation": anp.square}])
+def test_the_table_form_equals_the_reference_in_loss_and_gradient_to_10_digits(options):
+    (out, gate), plain = train.table_attention(TOY, EVERY_ROW[0]), gatedref.attention(TOY, ONE_HOT)
+    assert gate is None
+    assert_close(out[REAL], plain["attn_out"].reshape(-1, V)[BY_TOKEN], 14)
+    table_loss = lambda p: train.gated_loss(p, EVERY_ROW, out, ROWS["pairs"], 0.3, **options)
+    scalars, gradient = gatedref.loss_and_grad(GATED_8, ONE_HOT, plain["attn_out"], 0.3, **options)
+    assert table_loss(GATED_8) == pytest.approx(scalars, rel=1e-12)
+    found = grad(lambda params: table_loss(params)["loss"])(GATED_8)
+    for of in (found, gradient):
+        of["W_V"][0, :, 0] /= 1e12  # else this column's gradient hides the others
+    assert_close(found, gradient, 10)
+
+
+def test_a_toy_learns_on_the_cross_entropy_of_the_next_token_the_last_position_left_out():
+    def plainly(params):
+        odds = anp.exp(gatedref.transformer([params], TOKENS)["logits"][:, :-1])
+        return -anp.mean(anp.log((odds * ONE_HOT[:, 1:]).sum(axis=-1) / odds.sum(axis=-1)))
+
+    table_loss = lambda params: train.next_token_loss(params, EVERY_ROW)["loss"]
+    assert table_loss(TOY) == pytest.approx(plainly(TOY), rel=1e-13)
+    assert_close(grad(table_loss)(TOY), grad(plainly)(TOY), 10)
+    logits, answers = np.array([[1000.0, 1000, -1000], [800, 0, 0]]), np.eye(3)[[1, 2]]
+    found = train.surprise(logits, answers, np.array([3.0, 1.0]))  # without overflow
+    assert found == pytest.approx((3 * np.log(2) + 800) / 4, rel=1e-14)
+
+
+def test_scores_may_be_of_any_size_yet_not_more_than_700_apart():
+    block = TOY | {n: 0 * TOY[n] for n in ("W_Q", "b_K")} | {"b_Q": np.ones((2, 1))}
+    for lowest, highest in ((0, 690), (2000, 2690), (-2000, -2690), (0, 800)):
+        block["W_K"] = 0 * TOY["W_K"] + np.linspace(lowest, highest, V)[:, None]
+        if highest != 800:
+            plain = gatedref.attention(block, ONE_HOT)["attn_out"].reshape(-1, V)
+            found = train.table_attention(block, EVERY_ROW[0])[0][REAL]
+            assert_close(found, plain[BY_TOKEN], 11)
+    with pytest.raises(FloatingPointError, match="attention scores are more than 700 apart"):
+        train.table_attention(block, EVERY_ROW[0])
+
+
+@pytest.mark.parametrize("name", ["clamp", "relu", "binary"])  # tanh sticks, with no help
+def test_a_stuck_gate_gets_a_gradient_only_where_a_step_downhill_leads_back(name):
+    activate, scores = train.REOPENING[name], np.array([-1.0, 0.0, 0.3, 0.7, 1.0, 2.0])
+    assert activate(scores).tolist() == gatedref.ACTIVATIONS[name](scores).tolist()
+    slopes = [elementwise_grad(lambda s, c=c: c * activate(s))(scores) for c in (0.2, -0.3)]
+    assert (slopes == np.array([[0] + 5 * [0.2], 5 * [-0.3] + [-0.3 * (name == "relu")]])).all()
+
+
+def test_training_goes_by_legs_each_with_its_rate_and_adam_anew_and_heads_take_over_between():
+    def objective(params, progress):  # of constant slope: a fresh Adam's steps are the rate
+        return {"loss": (1 if progress < 0.25 else -7) * params["x"], "progress": progress}
+
+    recipe = {"steps": 200, "rate": 0.1, "legs": ((0.25, 1.0), (0.5, 0.3), (1.0, 0.1))}
+    recipe["takeovers"], places, told = 2, [], []
+    take_over = lambda params: places.append(params["x"]) or {"x": params["x"] + 100}
+    found, curves = train.fit(objective, {"x": 1.0}, recipe, take_over=take_over, note=told.append)
+    assert [*places, found["x"]] == pytest.approx([-4, 97.5, 198.5])
+    assert train.fit(objective, {"x": 1.0}, recipe)[0]["x"] == pytest.approx(-1.5)
+    assert curves[0] == {"loss": 1, "progress": 0}
+    assert [scalars["progress"] for scalars in curves] == [step / 200 for step in range(200)]
+    assert told == [{"done": step / 200} for step in range(0, 200, 2)]
+
+
+def test_alpha_is_0_at_first_then_falls_by_the_same_factor_at_each_step_and_stays():
+    for alpha, until, expected in [
+        ((40, 2.5), (0.2, 0.6), {0: 0, 0.19: 0, 0.2: 40, 0.4: 10, 0.5: 5, 0.6: 2.5, 1: 2.5}),
+        ((40, 0), (0.2, 0.6), {0.1: 0, 0.2: 40, 0.4: 1.6**0.5, 0.6 - 1e-9: 0.04, 0.6: 0, 1: 0}),
+    ]:
+        recipe = {"alpha": alpha, "until": until}
+        assert {time: train.alpha_at(time, recipe) for time in expected} == pytest.approx(expected)
+
+
+def heads(gates, W_O=None):
+    """Four heads and tokens, gates {(head, query, key): gate}. With W_O they all attend alike."""
+    params = randoms(GATED, 0, 1, H=4, D=4, K=2, G=4)
+    if W_O is not None:
+        params |= {"W_Q": 0 * params["W_Q"], "b_Q": 0 * params["b_Q"], "W_O": W_O}
+    params["W_O"][:, 1] = params["W_O"][:, 0]
+    params |= {n: 0 * params[n] for n in ("W_V", *gatedref.GATE)} | {"b_V": np.full((4, 2), 0.05)}
+    for (head, query, key), gate in gates.items():
+        params["W_gate_Q"][head, query, key], params["W_gate_K"][head, key, key] = gate, 1
+    return params
+
+
+def survey(params):  # as if each context had each token once
+    weights, gate, v, W_O = train.tables(params, value_scale=2.0)
+    pattern = np.moveaxis(weights / weights.sum(axis=1, keepdims=True), 2, 0)
+    return gate, pattern, np.einsum("hqv,vhk,hkd->hqvd", gate * pattern, v, W_O)
+
+
+def after_takeover(before, often=()):
+    pairs, given = np.full((4, 4), 1 / 16), {name: array.copy() for name, array in before.items()}
+    for pair, times in dict(often).items():
+        pairs[pair] *= times
+    after = train.take_over(given, survey, pairs, 0.6, 4.0)  # 2 columns of value_scale 2
+    assert all((given[n] == before[n]).all() and np.isfinite(after[n]).all() for n in before)
+    gate = survey(after)[0]
+    return after, {tuple(map(int, at)): gate[tuple(at)] for at in np.argwhere(gate > 1e-9)}
+
+
+OWN, SPARE = {(0, 1, 0): 0.8, (1, 3, 1): 0.7}, {(2, 0, 3): 0.9}  # each its head's alone
+SHARED, TOO = {(0, 2, 0): 0.5, (1, 2, 0): 0.3}, {(0, 0, 2): 0.3, (1, 0, 2): 0.2}
+USED, BOTH, WIDE = OWN | SPARE, SHARED | TOO, {(0, 2, 0): 0.6, (1, 2, 0): 0.41}
+TAKEN, DOES, RARE = {(3, 2, 0): 0.8}, {(3, 3, 3): 0.4}, {(2, 0): 0.1}
+
+
+def test_the_head_that_costs_least_takes_over_the_pair_whose_sharing_costs_most():
+    for gates, often, then in [
+        (USED | SHARED, {}, USED | TAKEN),
+        (USED | BOTH, {}, USED | TOO | TAKEN),  # the pair that costs more
+        (USED | BOTH, RARE, USED | SHARED | {(3, 0, 2): 0.5}),  # unless it is rare
+        (USED | DOES | SHARED, {(0, 3): 0.01}, OWN | DOES | {(2, 2, 0): 0.8}),  # 2 costs less
+        (OWN | BOTH, {}, OWN | {(2, 2, 0): 0.8, (3, 0, 2): 0.5}),  # two spare heads
+        (USED | DOES | SHARED, RARE, USED | DOES | SHARED),  # less is saved than head 3 costs
+        (USED | WIDE, {}, USED | WIDE),  # no gate of 1 writes so much
+        (USED, {}, USED),
+    ]:
+        assert after_takeover(heads(gates, np.ones((4, 2, 4))), often)[1] == pytest.approx(then)
+
+
+def test_a_head_that_takes_over_writes_what_all_wrote_there_and_nothing_else_changes():
+    before = heads(OWN | SPARE | SHARED)
+    after, gates = after_takeover(before)
+    (_, pattern, each), (_, _, now) = survey(before), survey(after)
+    written = each.sum(axis=0)
+    leader, together = np.linalg.norm(each[:, 2, 0], axis=1).argmax(), np.linalg.norm(written[2, 0])
+    width = together / pattern[leader, 2, 0] / 4
+    assert gates == pytest.approx(OWN | SPARE | {(3, 2, 0): width})
+    off = np.linalg.norm(now.sum(axis=0) - written, axis=-1)
+    assert off[2, 0] < 0.01 * together and np.delete(off, 8).max() < 1e-12  # a trace of the old
+    assert all((after[name][:3] == before[name][:3]).all() for name in UNGATED)
+    assert all((after[n][3] == before[n][leader]).all() for n in ("W_Q", "W_K", "b_Q", "b_K"))
+    np.testing.assert_allclose(after["W_V"][3], np.eye(4)[:, [0, 0]])
+    np.testing.assert_allclose(after["b_V"][3], 0.005)
+    np.testing.assert_allclose(np.linalg.norm(after["W_O"][3], axis=1), 1)
+    opposite = np.repeat([1.0, -1, 1, 1], 8).reshape(4, 2, 4)  # two heads that cancel: no harm
+    after_takeover(heads({**OWN, (0, 2, 0): 0.5, (1, 2, 0): 0.5}, opposite))
+
+
+def test_gates_close_at_one_pair_by_the_least_change_and_open_at_one_alone():
+    scores = lambda params: gatedref.gated_attention(params, np.eye(4)[None])["gate_scores"][0]
+    before, after = randoms(GATED, 3, D=4), randoms(GATED, 3, D=4)
+    train.close_gates(after, 1, 2)
+    was, key = scores(before)[:, 1, 2], before["W_gate_K"][:, 2] + before["b_gate_K"]
+    least = np.maximum(was, 0)[:, None] * key / (key * key).sum(axis=1, keepdims=True)
+    assert (was > 0).any() and (was < 0).any()
+    before["W_gate_Q"][:, 1] -= least
+    assert_close(after, before, 14)
+    for d_gate, elsewhere in ((1, 0), (2, -0.01), (3, -0.02)):
+        before, after = randoms(GATED, H=2, D=4, G=d_gate), randoms(GATED, H=2, D=4, G=d_gate)
+        train.open_gate(after, 1, 3, 2, 0.25)
+        expected = np.where(np.arange(16).reshape(4, 4) == 14, 0.25, elsewhere)
+        np.testing.assert_allclose(scores(after)[1], expected, atol=1e-15)
+        assert all((after[name][0] == before[name][0]).all() for name in GATED)
+
+
+@pytest.mark.parametrize("value_scale", [2.0, None])
+def test_it_learns_on_the_loss_over_the_variance_of_the_target(value_scale, monkeypatch):
+    """On one sequence of different tokens each batch is the whole, and so is what is surveyed."""
+    tokens, seen = [[7, 0, 3, 2, 6, 1, 4, 5]], []
+    monkeypatch.setattr(train, "take_over", lambda params, **had: seen.append(had) or params)
+    recipe = {**SHORT, "until": (0, 1), "alpha": (8.0, 2.0), "d_head": 3}
+    recipe["value_scale"] = value_scale
+    _, options, curves = train.take_apart(TOY, tokens, seed=5, recipe=recipe)
+    x, start = np.eye(V)[tokens], gatedref.init_params(6, V, 3, 5, d_gate=2)
+    target = gatedref.attention(TOY, x)["attn_out"]
+    variance, scale = target.var(axis=(0, 1)).mean(), options["value_scale"]
+    assert scale == (value_scale and pytest.approx(2 * abs(target).max()))
+    loss = gatedref.loss(start, x, target, 8 * variance, value_scale=scale)
+    expected = {name: loss[name] / (1 if name == "penalty" else variance) for name in loss}
+    assert curves[0] == pytest.approx({**expected, "alpha": 8})
+    assert curves[6]["alpha"] == pytest.approx(4) and len(curves) == 12 and len(seen) == 4
+    assert (seen[0]["p"], seen[0]["gain"]) == (0.6, pytest.approx(3 * (scale or 1)))
+    np.testing.assert_allclose(seen[0]["pairs"], 1 / 64)
+    block, order = gatedref.gated_attention(start, x, value_scale=scale), np.argsort(tokens[0])
+    gate, pattern, written = seen[0]["survey"](start)
+    assert_close(gate, block["gate"][0][:, order][:, :, order], 13)
+    assert_close(pattern, block["pattern"][0][:, order][:, :, order], 13)
+    assert_close(written.sum(axis=2), np.swapaxes(block["result"][0], 0, 1)[:, order], 13)
+
+
+def test_a_seed_makes_the_same_block_again_and_the_options_run_it():
+    block = {name: array.astype(np.float32) for name, array in TOY.items()}
+    runs = {"seed": 0}, {}, {"seed": 1}, {"recipe": {**SHORT, "reopen": False}}
+    made = [train.take_apart(block, TOKENS, **{"recipe": SHORT, **run})[0] for run in runs]
+    for name in GATED:
+        assert (made[0][name] == made[1][name]).all() and made[0][name].dtype == float
+        assert all((made[0][name] != other[name]).any() for other in made[2:])
+    for change in ({"activation": np.square}, {"activation": "binary"}, {"value_scale": None}):
+        params, options, _ = train.take_apart(TOY, TOKENS, recipe={**SHORT, **change})
+        assert np.isfinite(gatedref.gated_attention(params, ONE_HOT, **options)["attn_out"]).all()
+        assert {**options, **change} == options
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_cannot_be_taken_apart_is_refused():
+    for error, message, changes in [
+        (ValueError, "unknown .*W_gate_Q", {"block": GATED_8}),
+        (ValueError, "must put out something", {"block": {**TOY, "W_V": 0 * TOY["W_V"]}}),
+        (ValueError, r"tokens must be in \[0, 8\)", {"tokens": TOKENS + 1}),
+        (ValueError, "negative", {"seed": -1}),
+        (ValueError, "recipe must have the keys", {"recipe": {**SHORT, "rat": 3}}),
+        (ValueError, "activation must be", {"recipe": {**SHORT, "activation": "clip"}}),
+        (FloatingPointError, "more than 700 apart", {"block": {**TOY, **FAR}}),
+        (FloatingPointError, "became nan at step 1$", {"recipe": {**SHORT, "rate": 1e300}}),
+    ]:
+        with pytest.raises(error, match=message):
+            train.take_apart(**{"block": TOY, "tokens": TOKENS, "recipe": SHORT, **changes})
+
+
+def test_a_toy_learns_its_trigrams_and_two_handmade_heads_come_apart():
+    toy = train.train_toy(2, 2, 0, {**train.TOY, "steps": 400})
+    assert min(train.measure(partial(train.forward, [toy]), 2, 3, 1000)["accuracy"]) > 0.99
+    block, (tokens, _) = gatedref.handmade_superposition(3), gatedref.sample_skip_trigrams(3, 1000)
+    recipe = {**train.RECIPE, "steps": 350, "batch": 15, "rate": 0.03, "alpha": (10.0, 0.5)}
+    params, options, _ = train.take_apart(block, tokens, seed=3, recipe=recipe)
+    found = train.measure(partial(train.forward, [params], **options), 3, 1, 2000)
+    assert train.is_apart(found["accuracy"], found["holders"])
+    assert found["shares"].max(axis=1).mean() > 0.9
+    assert train.unexplained(block, params, 3, 2, 1000, **options)[0] < 0.02
+
+
+def test_what_is_measured_is_what_each_trigram_does_where_it_is_completed():
+    toy = train.published("2H3T", "toy")
+    run = partial(train.forward, [toy | {"W_O": toy["W_O"] / 2}])  # so that it is often wrong
+    tokens, completes = gatedref.sample_skip_trigrams(3, 9000, seed=7)
+    (logits, result), single = run(tokens), completes & (completes.sum(axis=1)[:, None] == 1)
+    for i, accuracy, holders, shares in zip((1, 2, 3), *train.measure(run, 3, 7, 9000).values()):
+        mine = single & (tokens == i)
+        norms = np.linalg.norm(result[mine], axis=2)
+        assert_close(shares, (norms / norms.sum(axis=1)[:, None]).mean(axis=0), 13)
+        assert holders == gatedref.holders(result[mine][:1000], np.full(len(norms[:1000]), i + 3))
+        mine[:, 10] = False  # the last position
+        assert 0.5 < accuracy == (logits[mine].argmax(axis=1) == i + 3).mean() < 1
+
+
+def test_apart_is_right_on_each_trigram_with_a_head_of_its_own_for_each():
+    a, b, c, both = [(0,)], [(1,)], [(0,), (1,)], [(0, 1)]
+    for holders in ([a, b], [c, a], [a, c], [c, c], [c, a, [(0,), (2,)]]):
+        assert train.is_apart([1.0, 0.991, 1.0], holders)
+        assert not train.is_apart([1.0, 0.99, 1.0], holders)
+    for holders in ([a, a], [a, both], [a, []], [c, c, c]):
+        assert not train.is_apart([1.0, 1.0], holders)
+
+
+def test_a_run_judges_the_authors_block_as_they_did_and_takes_the_best_start(monkeypatch):
+    toy, gated = (train.published("2H3T", which) for which in ("toy", "gated"))
+    made = [({**gated}, {}, [{"loss": loss}]) for loss in (3.0, 1.0, 2.0)]
+    monkeypatch.setattr(train, "take_apart", lambda *_, **__: next(starts))
+    starts, variants = iter(made), {train.AUTHORS: None, "three": {"starts": 3}}
+    job = {"key": "2H3T", "seed": 0, "quick": True, "variants": variants, "toy": toy}
+    (row, *_), (_, blocks, _) = train.run_setting(job, None)
+    assert blocks["gated"] is made[1][0] and row["n_gated_heads"] == 4 and row["apart"]
+    assert row["holders_gated"] == [[(1,)], [(0,)], [(3,)]]
+    assert row["holders_toy"] == [[(1,)], [(0, 1)], [(0,)]]
+    assert [row["fvu"], row["penalty"]] == pytest.approx([0.328, 0.0155], rel=0.03)
+
+
+def test_rows_are_kept_with_six_digits_and_files_are_written_whole_or_not_at_all(tmp_path):
+    for name, rows in (("sweep", [{"key": "old"}]), ("main", [ROW, ROW]), ("sweep", [ROW])):
+        train.save(tmp_path, name, rows)
+    kept, path = {**ROW, "fvu": 0.0123457, "shares_toy": [[0.333333, 2]]}, tmp_path / "results.json"
+    assert list(train.load(tmp_path).items()) == [("main", [kept, kept]), ("sweep", [kept])]
+    text = path.read_text()
+    assert [line[:6] for line in text.splitlines()] == ['{"main', *3 * ['{"key"']]
+    with pytest.raises(ZeroDivisionError):
+        train.write(path, lambda file: file.write(b"half") / 0)
+    assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
+
+
+def test_pages_have_the_tables_of_the_results_and_nothing_else_of_them_changes():
+    rows = [ROW, {**ROW, "apart": False, "share": 0.5, "fvu": 0.5}, {**ROW, "variant": "b"}]
+    (*_, one), (*_, a, b) = tables = train.table_main([ROW]), train.table_rates(rows)
+    assert one == "| 2H3T | 0 or 2, 0+1, none | 0, 1, wrong | 1 of 1 | 0.90 | 0.0123 |"
+    assert a == "| 2H3T | a | 1 of 2 | 0.70 | 0.2562 (most 0.5000) |"
+    assert b == "| 2H3T | b | 1 of 1 | 0.90 | 0.0123 |"
+    part = lambda name, lines: f"x\n<!-- table: {name} -->\n{lines}\n<!-- end -->\n"
+    page = lambda main, sweep: part("sweep", sweep) + part("price", "y") + part("main", main)
+    results, expected = {"main": [ROW], "sweep": rows}, page(*map("\n".join, tables))
+    assert train.rewritten(page("old", ""), results) == expected
+    assert train.rewritten(expected, results) == expected
+    for path in (Path(train.__file__).parent / "README.md", train.FIGURES / "README.md"):
+        if path.exists() and "<!-- table:" in path.read_text():  # the real ones
+            text, results = path.read_text(), train.load(train.FIGURES)
+            assert train.rewritten(text, results) == text
+
+
+@pytest.mark.parametrize("results", ["{", "[1]", "3"])
+def test_a_bad_command_ends_with_one_line_and_status_2(results, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(results)
+    for command, message in [
+        ("nonsense", "unknown experiment 'nonsense'"),
+        ("--quic", "unrecognized arguments: --quic"),
+        ("--seed -1", "--seed must be >= 0"),
+        ("sweep --seed 5", "--seed goes with main, got sweep"),
+        ("--seeds 0 3", "--seeds goes with sweep, got main"),
+        ("sweep --seeds 3 1", "--seeds two such numbers"),
+        ("--out {}/results.json/below", "cannot write to --out"),
+        ("main", "cannot read"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--out", *f"{{}} {command}".format(tmp_path, tmp_path).split()])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1
+        assert said.startswith("train.py: ") and message in said
+
+
+def test_what_ends_a_run_is_told_and_what_was_finished_is_kept(tmp_path, monkeypatch, capsys):
+    def run(job, note):
+        raise job["seed"]
+
+    monkeypatch.setitem(train.EXPERIMENTS, "main", lambda _: [ROW])
+    monkeypatch.setattr(train, "PICTURES", {})
+    diverged = FloatingPointError("a"), 1, "4H5T, seed a: a"
+    for error, status, said in ((KeyboardInterrupt(), 130, "interrupted"), diverged):
+        job = {"run": run, "key": "4H5T", "seed": error}
+        monkeypatch.setitem(train.EXPERIMENTS, "sweep", lambda _, job=job: train._run_job(0, job))
+        assert train.main(["sweep", "--out", str(tmp_path)]) == status
+        assert capsys.readouterr().err == f"train.py: {said}\n" and not list(tmp_path.iterdir())
+    assert train.main(["main", "sweep", "--out", str(tmp_path)]) == 1
+    assert list(train.load(tmp_path)) == ["main"]
+
+
+def test_a_quick_run_says_so_and_writes_every_file(tmp_path):
+    command = [sys.executable, train.__file__, "--quick", "--seed", "3", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("A smoke run")
+    names, rows = {path.name for path in tmp_path.iterdir()}, train.load(tmp_path)["main"]
+    pictures = "before_after.png", "gates.png", "penalty.png"
+    assert names == {"results.json", "blocks.npz", *pictures}
+    assert [(row["key"], row["seed"]) for row in rows] == [(key, 3) for key in train.SETTINGS]
+    assert "\n".join(train.table_main(rows)) in done.stdout
+    arrays = np.load(tmp_path / "blocks.npz")
+    gated = {name: arrays[f"3H4T/gated/{name}"] for name in GATED}
+    scale = float(arrays["3H4T/gated/value_scale"])
+    gate = gatedref.gated_attention(gated, np.eye(10)[None], value_scale=scale)["gate"][0]
+    assert_close(rows[1]["gates"], gate[..., [0, 9]], 5)
