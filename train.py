@@ -199,8 +199,9 @@ def fit(objective, params, recipe, *, take_over=None, note=None):
         return gradient
 
     for number, (end, share) in enumerate(recipe["legs"]):
-        left = round(end * steps) - len(curves)
-        params = adam(downhill, params, num_iters=left, step_size=share * recipe["rate"])
+        left, rate = round(end * steps) - len(curves), share * recipe["rate"]
+        with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite is told
+            params = adam(downhill, params, num_iters=left, step_size=rate)
         if take_over and number < recipe["takeovers"]:
             params = take_over(params)
     return params, curves
@@ -789,7 +790,8 @@ def write(path, fill):
 
 def load(out):
     path = out / "results.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    results = dict(json.loads(path.read_text())) if path.exists() else {}
+    return {name: results[name] for name in EXPERIMENTS if name in results}
 
 
 def save(out, name, rows):
@@ -819,7 +821,8 @@ def rewritten(text, results):
     for name, rows in results.items():
         lines = "\n".join(TABLES.get(name, table_rates)(rows))
         marked = f"<!-- table: {name} -->", "<!-- end -->"
-        text = re.sub(".*?".join(marked), f"\n{lines}\n".join(marked), text, flags=re.DOTALL)
+        told = f"\n{lines}\n".join(marked)
+        text = re.sub(".*?".join(marked), lambda _, told=told: told, text, flags=re.DOTALL)
     return text
 
 
