@@ -3,13 +3,13 @@
 Attention heads are in *superposition* when several of them compute together what none computes
 alone. A gated attention block takes them apart. It learns to reproduce the output of a trained
 block with more heads. Each head has a gate for every (query, key) pair, and a penalty on the gates
-makes it dear for two heads to be open on one pair.
+makes it costly for two heads to be open on one pair.
 
 Parameters are dicts of arrays, and autograd differentiates every function of them. Axes: B batch,
 T positions, D d_model, H heads, K d_head, G d_gate, V vocabulary, S sequences; in `einsum`, q is
 the query's position (destination) and s the key's (source). Arrays are float64, float32 or
 integers, and results have the widest float type that came in. A wrong name, type, shape or range
-is a ValueError that names it; no dict, no bool: a TypeError.
+is a ValueError that names it; not a dict or not a bool is a TypeError.
 
 The post: Mathwin, Akar and Sharkey, "Gated Attention Blocks: Preliminary Progress toward Removing
 Attention Head Superposition", April 2024. It, and the code published with it, is the source where
@@ -232,8 +232,7 @@ def handmade_superposition(n_trigrams):
     1 its sine: alone they point at trigram 1's answer and at trigram n's, and hold these; the
     others are distributed. n_trigrams: 2 or more. Returns `attention` parameters, D = 2 n + 2."""
     n = _whole("n_trigrams", n_trigrams, 2)
-    sizes = {"H": 2, "D": 2 * n + 2, "K": 1}
-    params = {name: np.zeros([sizes[axis] for axis in axes]) for name, axes in BLOCK.items()}
+    params = {name: np.zeros_like(array) for name, array in init_params(2, 2 * n + 2, 1).items()}
     angles = (np.arange(n) + 0.5) / n * np.pi / 2
     directions = np.stack([np.cos(angles), np.sin(angles)])  # [H, trigram]
     params["W_Q"][:] = math.log(1e-12)  # the weight of token 0, against 1 for any other
@@ -278,7 +277,7 @@ def holders(result, answers, threshold=0.99):
         sum over h in A of max(m_h, 0)  >  sum over all h of max(-m_h, 0)
     (>= where c comes after the answer, as np.argmax breaks ties): A pushes the answer further above
     each rival than all heads together push the rival up. The published rule, for one head, differs
-    in one thing: R is never all heads, and whether these are right is asked separately.
+    in one thing: R is never all heads, and whether all heads are right is tested separately.
     result: [S, H, V], each head's output at one position of each sequence. answers: [S], in [0, V).
     threshold: in [0, 1). Returns a sorted list of the smallest sets that hold, as tuples."""
     _array("threshold", threshold, wanted="in [0, 1)", valid=lambda t: (t >= 0) & (t < 1))
@@ -360,11 +359,11 @@ def assert_matches(case, got, *, rtol=None, strict=False):
 
         |got - expected| > tolerance * max |expected|        (a max of 0 counts as 1)
     The tolerance is rtol, in [0, 1), else 64 eps of the type that is given: 1.4e-14 in float64,
-    7.6e-6 in float32. All gradients share one max. Those of `W_V` and `W_O` count times the norms
-    that these are divided by, else a zero column's, of 1e12, would hide the others. got: a dict of
-    any names of `expected` and its `grads`: NumPy, PyTorch or JAX floats. Masked `attn_scores` may
-    be anything. strict: True to compare in `gate_edges` also the gradients through gates of exactly
-    0 or 1, of x and the gate, where libraries differ."""
+    7.6e-6 in float32. All gradients share one max; those of `W_V` and `W_O` are multiplied by the
+    norms that these are divided by, or a zero column's, of 1e12, would hide the others. got: a dict
+    of any names of `expected` and `grads`, float32 or float64 of NumPy, PyTorch or JAX; masked
+    `attn_scores` may be anything. strict: True to compare in `gate_edges` the gradients through
+    gates of exactly 0 or 1, too: those of x and the gate, where libraries differ."""
     if not isinstance(case, Case) or not isinstance(strict, (bool, np.bool_)):
         raise TypeError(f"case must be a Case, strict a bool, got {type(case)} and {strict!r}")
     _array("rtol", rtol or 0, wanted="None or in [0, 1)", valid=lambda r: (r >= 0) & (r < 1))
@@ -419,14 +418,15 @@ def _main(path, check=None):
     if not check:
         files = {c.name: {**c.params, **dict(zip(c._fields[2:6], c[2:6]))} for c in cases()}
         return np.savez(path, **_flat(files))  # c[2:6]: x, target, alpha, expected
-    given, failed = np.load(path), 0
+    given = np.load(path)
+    failed = [print(f"{n}: of no case") for n in given if n.partition("/")[0] not in _CASES]
     for case in cases():
         got = {n.partition("/")[2]: given[n] for n in given if n.startswith(case.name + "/")}
         try:
-            print(assert_matches(case, got) or f"{case.name}: matches")
+            print(assert_matches(case, got) or f"{case.name}: {len(got)} arrays match")
         except (AssertionError, ValueError) as wrong:
-            failed = print(case.name, str(wrong).removeprefix(case.name + ": "), sep=": ") or 1
-    return failed
+            failed += [print(case.name, str(wrong).removeprefix(case.name + ": "), sep=": ")]
+    return len(failed) > 0
 
 
 # ---- The checks, which every public function begins with, and einsum ---------------------------
@@ -497,4 +497,4 @@ defvjp(  # the way back to the first array, and to the second
     argnums=(1, 2),
 )
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[:0:-1]) if len(sys.argv) in (2, 3) else _main.__doc__)
+    sys.exit(_main.__doc__ if sys.argv[1:] in ([], ["check"]) else _main(*sys.argv[:0:-1]))

@@ -884,11 +884,14 @@ def test_the_command_writes_the_cases_and_says_which_results_match(tmp_path):
     assert all(written[f"{name}/alpha"] == case.alpha for name, case in CASES.items())
     got = {n.replace("expected/", ""): a for n, a in written.items() if "/expected/" in n}
     np.savez(results, **{n: a.astype(np.float32) for n, a in got.items()})
-    assert command("check", results) == (0, [f"{name}: matches" for name in CASES], "")
+    assert command("check", results) == (0, [f"{name}: 28 arrays match" for name in CASES], "")
+    assert command("check")[0] == 1 and not list(tmp_path.glob("check*"))
+    np.savez(results, **got, **{"desne/z": got["dense/z"]})
+    assert command("check", results)[0] == 1
     got["dense/z"] = got["dense/z"] + 1e-9
     np.savez(results, **{n: a for n, a in got.items() if not n.startswith("one_head/")})
     code, lines, _ = command("check", results)
-    assert code == 1 and len(lines) == len(CASES) and lines[0] == "one_hot: matches"
+    assert code == 1 and len(lines) == len(CASES) and lines[0] == "one_hot: 28 arrays match"
     assert lines[1].startswith("dense: z[") and lines[4].startswith("one_head: got must be a dict")
     assert command()[0] == 1 and "python gatedref.py CASES.npz writes" in command()[2]
 
@@ -985,7 +988,7 @@ def test_training_goes_by_legs_each_with_its_rate_and_adam_anew_and_heads_take_o
     recipe = {"steps": 200, "rate": 0.1, "legs": ((0.25, 1.0), (0.5, 0.3), (1.0, 0.1))}
     recipe["takeovers"], places, told = 2, [], []
     take_over = lambda params: places.append(params["x"]) or {"x": params["x"] + 100}
-    found, curves = train.fit(objective, {"x": 1.0}, recipe, take_over=take_over, note=told.append)
+    found, curves = train.fit(objective, {"x": 1.0}, recipe, rescue=take_over, note=told.append)
     assert [*places, found["x"]] == pytest.approx([-4, 97.5, 198.5])
     assert train.fit(objective, {"x": 1.0}, recipe)[0]["x"] == pytest.approx(-1.5)
     assert curves[0] == {"loss": 1, "progress": 0}

@@ -1,15 +1,13 @@
 """train: superposition appears in a toy model, and a gated block takes it apart.
 
-    python train.py                    the three published settings: table, pictures (a minute)
-    python train.py sweep price        how often it works, and what separation costs (long)
-    python train.py limits             what it cannot do (long)
+    python train.py                 the three published settings (half a minute)
+    python train.py sweep price     how often it works, and what separation costs (long)
     python train.py --help
 
 The toy is one attention block with fewer heads than there are skip trigrams, trained on next-token
 cross-entropy. The gated block then learns to put out what the toy's block does, under the L0.6
-penalty. The maths of the method is in `gatedref.py`. Here stand, in this order: a faster form of it
-for tokens without positions, training, what a model does, the experiments, what the method cannot
-do, tables and pictures, the command.
+penalty. The maths of the method is in `gatedref.py`. Here are, in order: a faster form of it for
+tokens without positions, training, what a model does, experiments, tables, pictures, the command.
 """
 
 import argparse
@@ -107,8 +105,8 @@ def table_attention(params, counts, **options):
 
 
 def gated_loss(params, batch, target, pairs, alpha, *, p=0.6, **options):
-    """`gatedref.loss` on rows. A norm grows with its gates, so a gate times how often its pair of
-    tokens occurs is charged for as often."""
+    """`gatedref.loss` on rows. c times the gates have c times the norm, so the gates of a pair are
+    charged for as often as it occurs when they are multiplied by that."""
     counts, _, weight = batch
     attn_out, gate = table_attention(params, counts, **options)
     error = attn_out - target
@@ -138,19 +136,19 @@ def surprise(logits, answers, weight):
 
 RECIPE = {
     "heads": 3,  # gated heads, as a multiple of the block's: spare ones are what takes over
-    "d_head": 4,  # its columns may be parallel, so that a head can write 4 value_scale for a gate
+    "d_head": 4,  # its columns may align: a gate of 1 then writes up to d_head times value_scale
     "d_gate": 2,
     "value_scale": 2.0,  # times the target's largest entry; None: the published, free value bias
     "activation": "clamp",
     "reopen": True,  # gates that are stuck get a gradient, see `reopening`
     "p": 0.6,
     "alpha": (40.0, 1.5),  # strong while heads come apart, then falling, to fit what that left
-    "until": (0.14, 0.84),  # of the steps: no alpha before the first, none but the last after it
+    "until": (0.14, 0.84),  # of the steps: alpha is 0 before the first, its last after the second
     "steps": 2200,
     "batch": 40,  # rows for each query token
     "rate": 0.01,
-    # Up to which part of the steps, with how much of the rate. Between two legs Adam starts anew,
-    # and after the first `takeovers` of them little used heads take over.
+    # Where a leg ends, as a fraction of the steps, and its factor on the rate. Each leg starts Adam
+    # anew, and after the first `takeovers` of them little used heads take over shared pairs.
     "legs": ((0.3, 1.0), (0.45, 1.0), (0.6, 1.0), (0.7, 0.3), (0.85, 0.3), (1.0, 0.1)),
     "takeovers": 4,
 }
@@ -176,11 +174,11 @@ REOPENING = {  # other activations, likewise
 }
 
 
-def fit(objective, params, recipe, *, take_over=None, note=None):
+def fit(objective, params, recipe, *, rescue=None, note=None):
     """Adam on objective(params, progress) -> a dict of scalars, one of them `loss`; progress goes
-    from 0 to 1. recipe: `steps`, `rate`, `legs`; and `takeovers`, where take_over(params) -> params
-    is given. note({"done": progress}) is called a hundred times. Returns the parameters, and the
-    curves: a list of the scalars at each step."""
+    from 0 to 1. recipe: `steps`, `rate`, `legs`; and `takeovers`, the number of legs after which
+    rescue(params) -> params is called. note({"done": progress}) is called a hundred times or so.
+    Returns the parameters, and the curves: a list of the scalars at each step."""
     steps, curves = recipe["steps"], []
 
     def at_step(params):
@@ -202,8 +200,8 @@ def fit(objective, params, recipe, *, take_over=None, note=None):
         left, rate = round(end * steps) - len(curves), share * recipe["rate"]
         with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite is told
             params = adam(downhill, params, num_iters=left, step_size=rate)
-        if take_over and number < recipe["takeovers"]:
-            params = take_over(params)
+        if rescue and number < recipe["takeovers"]:
+            params = rescue(params)
     return params, curves
 
 
@@ -211,10 +209,11 @@ def take_over(params, survey, pairs, p, gain):
     """Little used heads take over the (query, key) pairs of tokens for whose sharing most is paid.
 
     A closed gate passes no gradient to its head's values, so a spare head stays dead while others
-    share what it could do alone. So the head whose gates cost least leaves what it does, and writes
-    at one pair what all heads write there together, through a gate just wide enough; the others
-    close there. So on with the next, as long as that saves more than the head's own gates cost.
-    Dead neurons of sparse autoencoders are resampled in this way (Bricken et al., 2023).
+    share what it could do alone. So, again and again: find the pair whose sharing costs most; take
+    the head whose gates cost least, drop its old job, and let it write there what all heads write
+    there together, through a gate just wide enough; close the others there. Stop when that saves
+    less than the head's own gates cost. It is how dead neurons of sparse autoencoders are resampled
+    (Bricken et al., 2023), for heads.
 
     survey(params) -> the gate and the mean pattern [H, V, V] of each head at each pair, and what it
     writes there on average, [H, V, V, D]. pairs [V, V]: how often each occurs. gain: the norm
@@ -248,7 +247,8 @@ def take_over(params, survey, pairs, p, gain):
 
 
 def close_gates(params, query, key):
-    """The least change of `W_gate_Q` that brings every gate score above 0 at a pair to 0."""
+    """The least change of `W_gate_Q` that brings every gate score above 0 at a pair to 0, where it
+    still has a gradient: training may open it again."""
     gate_q, gate_k = (params["W_gate_" + n] + params["b_gate_" + n][:, None] for n in "QK")
     score = np.maximum((gate_q[:, query] * gate_k[:, key]).sum(axis=1), 0)
     square = np.maximum((gate_k[:, key] ** 2).sum(axis=1), 1e-12)
@@ -268,8 +268,9 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
     """A gated block that puts out what a trained block does, its heads out of superposition.
 
     block: parameters of `gatedref.attention`, D = V, of a model that reads tokens one-hot and has
-    no positions. tokens: integers [S, T] in [0, V), some thousands of the sequences that it is to
-    be right on. seed: a whole number >= 0. recipe: a dict like RECIPE. note: see `fit`.
+    neither positions nor an output bias. tokens: integers [S, T] in [0, V), some thousands of the
+    sequences that it is to be right on. seed: a whole number >= 0. recipe: a dict like RECIPE.
+    note: see `fit`.
     Returns the gated block's parameters; the options to call `gated_attention` with; and the
     curves, for each step a dict of `mse` and `loss`, both over the target's variance, `penalty` and
     `alpha`. ValueError, TypeError: an argument that is not as above. FloatingPointError: scores
@@ -287,7 +288,7 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
         batch = draw(rows, size, rng)
         return batch, table_attention(block, batch[0])[0]
 
-    (_, _, weight), target = sample(500)
+    (_, _, weight), target = sample(500)  # to measure the variance
     deviation = target - (weight[..., None] * target).sum(axis=(0, 1))
     variance = (weight[..., None] * deviation**2).sum() / n_tokens
     if variance <= 1e-20 * (target**2).mean():
@@ -318,7 +319,7 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
     sizes = recipe["heads"] * n_heads, n_tokens, recipe["d_head"]
     start = gatedref.init_params(*sizes, seed, recipe["d_gate"])
     gatedref.gated_attention(start, np.eye(n_tokens)[None], **options)  # checks the options
-    params, curves = fit(objective, start, recipe, take_over=rescue, note=note)
+    params, curves = fit(objective, start, recipe, rescue=rescue, note=note)
     return params, options, curves
 
 
@@ -453,11 +454,12 @@ def run_setting(job, note):
     def phase(name, start, size):
         return lambda told: note({"phase": name, "done": start + size * told["done"]})
 
-    for redraws in range(1 if job["toy"] or job["quick"] else 20):
+    for redraws in itertools.count():
         told = phase("redrawing the toy" if redraws else "toy", 0, size)
         toy = job["toy"] or train_toy(n_heads, n, seeds(2, redraws), {**TOY, **steps}, told)
         before = judge(partial(forward, [toy]))
-        if min(before["accuracy"]) > 0.998 and not all(singles(before["holders"])):
+        good = min(before["accuracy"]) > 0.998 and not all(singles(before["holders"]))
+        if good or job["toy"] or job["quick"]:
             break
     results = []
     for number, (variant, changes) in enumerate(job["variants"].items(), 1):
@@ -719,7 +721,7 @@ EXPERIMENTS = {
     ),
     "benchmark": benchmark,
 }
-GROUPS = {"limits": ["layers", "overlap", "sources"], "pages": []}
+PAGES = "pages"  # tells all results anew: prints, draws, and rewrites the tables of the pages
 
 
 def run_all(jobs):
@@ -831,7 +833,7 @@ def parse(argv):
     parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
 
-    names, add = [*EXPERIMENTS, *GROUPS], parser.add_argument
+    names, add = [*EXPERIMENTS, PAGES], parser.add_argument
     add("experiments", nargs="*", help=f"which to run, of {', '.join(names)} (default: main)")
     add("--seed", type=int, help="seed of main (default: 0)")
     add("--seeds", type=int, nargs=2, help="first and last seed of sweep (default: 0 19)")
@@ -841,7 +843,7 @@ def parse(argv):
     asked = arguments.experiments or ["main"]
     for name in [name for name in asked if name not in names]:
         parser.error(f"unknown experiment {name!r}, choose from {', '.join(names)}")
-    arguments.experiments = [name for group in asked for name in GROUPS.get(group, [group])]
+    arguments.experiments = asked
     for option, user, default in (("seed", "main", 0), ("seeds", "sweep", (0, 19))):
         if getattr(arguments, option) is None:
             setattr(arguments, option, default)
@@ -870,11 +872,11 @@ def main(argv=None):
         print("A smoke run: a few steps each, so that nothing is learnt. No number means anything.")
     try:
         for name in arguments.experiments:
-            if rows := EXPERIMENTS[name](arguments):
+            if name == PAGES:
+                tell(arguments.out, EXPERIMENTS)
+            elif rows := EXPERIMENTS[name](arguments):
                 save(arguments.out, name, rows)
                 tell(arguments.out, [name])
-        if not arguments.experiments:  # pages
-            tell(arguments.out, EXPERIMENTS)
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 130
