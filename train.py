@@ -463,8 +463,9 @@ def run_setting(job, note):
             break
     results = []
     for number, (variant, changes) in enumerate(job["variants"].items(), 1):
-        gated, options = published(job["key"], "gated"), {}
-        if changes is not None:
+        if changes is None:
+            gated, options = published(job["key"], "gated"), {}
+        else:
             recipe = {**RECIPE, **steps, **changes}
             starts, made = recipe.pop("starts", 1), []
             for start in range(starts):
@@ -487,13 +488,13 @@ def run_setting(job, note):
 def run_settings(arguments, keys, seeds, variants, toys=False):
     """(row, blocks, options) of all these runs, by setting and variant, with the authors' `toys` or
     ours. The largest settings begin, so that the cores are done together."""
-    few = 1 if arguments.quick else None
-    variants = dict(list(variants.items())[: 2 * few if few else None])
+    if arguments.quick:
+        seeds, variants = seeds[:1], dict(itertools.islice(variants.items(), 2))
     jobs = [
         {"run": run_setting, "key": key, "seed": seed, "quick": arguments.quick}
         | {"variants": variants, "toy": published(key, "toy") if toys else None}
         for key in reversed(keys)
-        for seed in seeds[: few or (None if key in SETTINGS else 5)]
+        for seed in seeds[: None if key in SETTINGS else 5]
     ]
     order = {which: i for i, which in enumerate(itertools.product(keys, variants))}
     return sorted(run_all(jobs), key=lambda made: order[made[0]["key"], made[0]["variant"]])
@@ -840,14 +841,13 @@ def parse(argv):
     add("--out", type=Path, help="where to write (default: figures, or figures/quick)")
     add("--quick", action="store_true", help="a smoke run of seconds; its numbers mean nothing")
     arguments = parser.parse_args(argv)
-    asked = arguments.experiments or ["main"]
+    asked = arguments.experiments = arguments.experiments or ["main"]
     for name in [name for name in asked if name not in names]:
         parser.error(f"unknown experiment {name!r}, choose from {', '.join(names)}")
-    arguments.experiments = asked
     for option, user, default in (("seed", "main", 0), ("seeds", "sweep", (0, 19))):
         if getattr(arguments, option) is None:
             setattr(arguments, option, default)
-        elif user not in arguments.experiments:
+        elif user not in asked:
             parser.error(f"--{option} goes with {user}, got {', '.join(asked)}")
     if arguments.seed < 0 or not 0 <= arguments.seeds[0] <= arguments.seeds[1]:
         parser.error("--seed must be >= 0, and --seeds two such numbers, the first and the last")
