@@ -6,72 +6,62 @@
 
 The toy is one attention block with fewer heads than there are skip trigrams, trained on next-token
 cross-entropy. The gated block then learns to put out what the toy's block does, under the L0.6
-penalty. The maths of the method is in `gatedref.py`. Here are, in order: a faster form of it for
-tokens without positions, training, what a model does, experiments, tables, pictures, the command.
+penalty. The maths of the method is in `gatedref.py`; here are a faster form of it for one-hot
+tokens, training, what a model does, experiments, limits, tables, pictures, the command.
 """
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import json
-import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import tempfile
 import time
-import timeit
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
-# For this process and its workers: one BLAS thread each, since several train at once; and glibc
-# keeps the memory it has instead of handing it back at every step, which costs more than the sums.
+# These arrays are too small for threads to pay.
 os.environ.update({f"{blas}_NUM_THREADS": "1" for blas in ("OPENBLAS", "OMP", "MKL")})
-os.environ.update({"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)})
 
 import autograd.numpy as np
-from autograd import grad, grad_and_aux
+from autograd import grad_and_aux
 from autograd.extend import defvjp, primitive
 from autograd.misc.optimizers import adam
 from autograd.tracer import getval
 
 import gatedref
 
-# ------------------------------------------------------------------------------------------------
-# The table form. Without positions, a one-hot token sees its context through its token counts
-# alone: what a block puts out is a function of the query token and of how often each token stands
-# at or before it, and a gate is a function of two tokens. Axes as in gatedref, and R rows.
+# ---- The table form ------------------------------------------------------------------------------
+# Without positions, a one-hot token sees its context through its token counts alone: what a block
+# puts out is a function of the query token and of how often each token stands at or before it, and
+# a gate is a function of two tokens. Axes as in gatedref, and R rows.
 
 
 def tabulate(tokens, n_tokens):
     """Each position of each sequence as a row, kept by its query token: `counts` [V, R, V], how
-    often each token stands at or before it; `after` [V, R], the next token, or -1 where there is
-    none; `n_rows` [V], how many of the R are real. And `pairs` [V, V]: how often a query and a key
-    are these two tokens, of all pairs that the penalty is a mean over."""
+    often each token stands at or before it; `n_rows` [V], how many of the R are real. And `pairs`
+    [V, V]: how often a query and a key are these two tokens, of all pairs that the penalty is a
+    mean over."""
     counts = np.cumsum(np.eye(n_tokens)[tokens], axis=1)  # [S, T, V]
-    after = np.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     n_rows = np.bincount(tokens.ravel(), minlength=n_tokens)
-    rows = {"n_rows": n_rows, "after": np.full((n_tokens, n_rows.max()), -1)}
-    rows["counts"] = np.repeat(np.eye(n_tokens)[:, None], n_rows.max(), axis=1)
+    rows = np.repeat(np.eye(n_tokens)[:, None], n_rows.max(), axis=1)
     for token, n in enumerate(n_rows):
-        rows["counts"][token, :n] = counts[tokens == token]
-        rows["after"][token, :n] = after[tokens == token]
+        rows[token, :n] = counts[tokens == token]
     whole = counts[:, -1]  # [S, V]; the gate has no mask, so keys after the query count, too
-    return {**rows, "pairs": whole.T @ whole / (tokens.size * tokens.shape[1])}
+    pairs = whole.T @ whole / (tokens.size * tokens.shape[1])
+    return {"counts": rows, "n_rows": n_rows, "pairs": pairs}
 
 
 def draw(rows, size, rng):
-    """A batch of `size` rows for each query token: `counts`, `after`, and the `weight` [V, size] by
-    which a mean over it is one over the sequences."""
+    """A batch of `size` rows for each query token: their counts [V, size, V], and the weight
+    [V, size] by which a mean over it is one over the sequences."""
     n_rows = rows["n_rows"][:, None]
     drawn = rng.integers(np.maximum(n_rows, 1), size=(len(n_rows), size))
     weight = np.broadcast_to(n_rows / n_rows.sum() / size, drawn.shape)
-    picks = np.arange(len(n_rows))[:, None], drawn
-    return rows["counts"][picks], rows["after"][picks], weight
+    return rows["counts"][np.arange(len(n_rows))[:, None], drawn], weight
 
 
 def tables(params, *, activation="clamp", value_scale=None):
@@ -107,7 +97,7 @@ def table_attention(params, counts, **options):
 def gated_loss(params, batch, target, pairs, alpha, *, p=0.6, **options):
     """`gatedref.loss` on rows. c times the gates have c times the norm, so the gates of a pair are
     charged for as often as it occurs when they are multiplied by that."""
-    counts, _, weight = batch
+    counts, weight = batch
     attn_out, gate = table_attention(params, counts, **options)
     error = attn_out - target
     mse = (weight[..., None] * error * error).sum() / target.shape[-1]
@@ -115,44 +105,25 @@ def gated_loss(params, batch, target, pairs, alpha, *, p=0.6, **options):
     return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}
 
 
-def next_token_loss(params, batch):
-    """A toy model's cross-entropy on rows, those of the last position left out."""
-    counts, after, weight = batch
-    one_hot = np.eye(len(counts))
-    logits = one_hot[:, None] + table_attention(params, counts)[0]
-    return {"loss": surprise(logits, one_hot[after], weight * (after >= 0))}
-
-
-def surprise(logits, answers, weight):
-    """The weighted mean of -log p(answer). logits, and answers one-hot: [..., V]."""
-    logits = logits - getval(logits).max(axis=-1, keepdims=True)
-    normaliser = np.log(np.exp(logits).sum(axis=-1))
-    return (weight * (normaliser - (logits * answers).sum(axis=-1))).sum() / weight.sum()
-
-
-# ------------------------------------------------------------------------------------------------
-# Training, by autograd and its Adam. alpha is in units of the target's variance, so that one recipe
-# serves every toy: loss / variance = unexplained + alpha * penalty.
+# ---- Training, by autograd and its Adam ----------------------------------------------------------
+# alpha is in units of the target's variance, so that one recipe serves every toy:
+# loss / variance = unexplained + alpha * penalty.
 
 RECIPE = {
     "heads": 3,  # gated heads, as a multiple of the block's: spare ones are what takes over
     "d_head": 4,  # its columns may align: a gate of 1 then writes up to d_head times value_scale
     "d_gate": 2,
     "value_scale": 2.0,  # times the target's largest entry; None: the published, free value bias
-    "activation": "clamp",
     "reopen": True,  # gates that are stuck get a gradient, see `reopening`
     "p": 0.6,
-    "alpha": (40.0, 1.5),  # strong while heads come apart, then falling, to fit what that left
-    "until": (0.14, 0.84),  # of the steps: alpha is 0 before the first, its last after the second
-    "steps": 2200,
-    "batch": 40,  # rows for each query token
+    "alpha": 2.5,  # more: heads more apart; less: a better fit. `price` shows the trade
+    "steps": 1600,
+    "batch": 40,  # rows of each query token
     "rate": 0.01,
-    # Where a leg ends, as a fraction of the steps, and its factor on the rate. Each leg starts Adam
-    # anew, and after the first `takeovers` of them little used heads take over shared pairs.
-    "legs": ((0.3, 1.0), (0.45, 1.0), (0.6, 1.0), (0.7, 0.3), (0.85, 0.3), (1.0, 0.1)),
-    "takeovers": 4,
+    "legs": (1.0, 1.0, 1.0, 0.3, 0.1),  # equal parts of the steps: each starts Adam anew, its rate
+    "takeovers": True,  # times this; between them, little used heads take over shared pairs
 }
-TOY = {"steps": 2500, "batch": 60, "rate": 0.03, "legs": ((0.6, 1.0), (0.85, 0.3), (1.0, 0.1))}
+TOY = {"steps": 1500, "batch": 40, "rate": 0.05, "legs": (1.0, 1.0, 1.0, 0.3, 0.1)}
 QUICK = {"steps": 40}
 
 
@@ -163,26 +134,17 @@ def reopening(gate_scores):
     return np.clip(gate_scores, 0, 1)
 
 
-defvjp(
-    reopening,
-    lambda gate, s: lambda d: d * ((s >= 0) & (s <= 1) | (s < 0) & (d < 0) | (s > 1) & (d > 0)),
-)
-REOPENING = {  # other activations, likewise
-    "clamp": reopening,
-    "relu": lambda s: np.where(s > 1, s, reopening(s)),
-    "binary": lambda s: reopening(s) + getval((s > 0.5) - reopening(s)),
-}
+defvjp(reopening, lambda _, s: lambda d: d * ((s >= 0) | (d < 0)) * ((s <= 1) | (d > 0)))
 
 
-def fit(objective, params, recipe, *, rescue=None, note=None):
-    """Adam on objective(params, progress) -> a dict of scalars, one of them `loss`; progress goes
-    from 0 to 1. recipe: `steps`, `rate`, `legs`; and `takeovers`, the number of legs after which
-    rescue(params) -> params is called. note({"done": progress}) is called a hundred times or so.
-    Returns the parameters, and the curves: a list of the scalars at each step."""
+def fit(objective, params, recipe, *, between=None, note=None):
+    """Adam on objective(params) -> a dict of scalars, one of them `loss`. recipe: `steps`, `rate`
+    and `legs`; between these params = between(params). note(part of the steps) is called a
+    hundred times or so. Returns the parameters, and the curves: the scalars at each step."""
     steps, curves = recipe["steps"], []
 
     def at_step(params):
-        scalars = objective(params, len(curves) / steps)
+        scalars = objective(params)
         return scalars["loss"], {name: getval(value) for name, value in scalars.items()}
 
     gradient_at = grad_and_aux(at_step)
@@ -192,20 +154,28 @@ def fit(objective, params, recipe, *, rescue=None, note=None):
         if not np.isfinite(scalars["loss"]):
             raise FloatingPointError(f"the loss became {scalars['loss']} at step {len(curves)}")
         if note and len(curves) % max(1, steps // 100) == 0:
-            note({"done": len(curves) / steps})
+            note(len(curves) / steps)
         curves.append(scalars)
         return gradient
 
-    for number, (end, share) in enumerate(recipe["legs"]):
-        left, rate = round(end * steps) - len(curves), share * recipe["rate"]
+    for number, share in enumerate(recipe["legs"], 1):
+        left = steps * number // len(recipe["legs"]) - len(curves)
         with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite is told
-            params = adam(downhill, params, num_iters=left, step_size=rate)
-        if rescue and number < recipe["takeovers"]:
-            params = rescue(params)
+            params = adam(downhill, params, num_iters=left, step_size=share * recipe["rate"])
+        if between and number < len(recipe["legs"]):
+            params = between(params)
     return params, curves
 
 
-def take_over(params, survey, pairs, p, gain):
+def write_vector(params, head, key, wanted):
+    """Lets a head write along a vector [D] where it attends to a token."""
+    for name in ("W_V", "b_V"):  # a trace of the old values keeps its columns from being alike
+        params[name][head] *= 0.1
+    params["W_V"][head, key] += 1
+    params["W_O"][head] = wanted / np.linalg.norm(wanted)
+
+
+def take_over(params, survey, pairs, p, gain, write=write_vector):
     """Little used heads take over the (query, key) pairs of tokens for whose sharing most is paid.
 
     A closed gate passes no gradient to its head's values, so a spare head stays dead while others
@@ -238,10 +208,7 @@ def take_over(params, survey, pairs, p, gain):
         close_gates(params, query, key)
         for name in ("W_Q", "W_K", "b_Q", "b_K"):
             params[name][head] = params[name][leader[query, key]]
-        for name in ("W_V", "b_V"):  # a trace of the old values keeps its columns from being alike
-            params[name][head] *= 0.1
-        params["W_V"][head, key] += 1
-        params["W_O"][head] = together[query, key] / np.linalg.norm(together[query, key])
+        write(params, head, key, together[query, key])
         open_gate(params, head, query, key, width[query, key])
     return params
 
@@ -272,9 +239,9 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
     sequences that it is to be right on. seed: a whole number >= 0. recipe: a dict like RECIPE.
     note: see `fit`.
     Returns the gated block's parameters; the options to call `gated_attention` with; and the
-    curves, for each step a dict of `mse` and `loss`, both over the target's variance, `penalty` and
-    `alpha`. ValueError, TypeError: an argument that is not as above. FloatingPointError: scores
-    that are too far apart, or a loss that is not finite.
+    curves, for each step a dict of `penalty`, and of `mse` and `loss` over the target's variance.
+    ValueError, TypeError: an argument that is not as above. FloatingPointError: scores that are too
+    far apart, or a loss that is not finite.
     """
     if not isinstance(recipe, dict) or set(recipe) != set(RECIPE):
         raise ValueError(f"recipe must have the keys {list(RECIPE)}, got {recipe}")
@@ -288,106 +255,96 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
         batch = draw(rows, size, rng)
         return batch, table_attention(block, batch[0])[0]
 
-    (_, _, weight), target = sample(500)  # to measure the variance
+    (_, weight), target = sample(500)  # to measure the variance
     deviation = target - (weight[..., None] * target).sum(axis=(0, 1))
     variance = (weight[..., None] * deviation**2).sum() / n_tokens
     if variance <= 1e-20 * (target**2).mean():
         raise ValueError("block must put out something that depends on its tokens, got a constant")
     scale = recipe["value_scale"] and recipe["value_scale"] * float(abs(target).max())
-    options = {"activation": recipe["activation"], "value_scale": scale}
-    activation = recipe["activation"]
-    if recipe["reopen"]:
-        activation = REOPENING.get(activation, activation)
+    options = {"value_scale": scale}
+    how = {**options, "p": recipe["p"], "activation": reopening if recipe["reopen"] else "clamp"}
 
-    def objective(params, progress):
-        alpha, sampled = alpha_at(progress, recipe), sample(recipe["batch"])
-        how = {"p": recipe["p"], "activation": activation, "value_scale": scale}
-        scalars = gated_loss(params, *sampled, rows["pairs"], alpha * variance, **how)
-        scaled = {name: scalars[name] / variance for name in ("mse", "loss")}
-        return {**scalars, **scaled, "alpha": alpha}
+    def objective(params):
+        alpha, sampled = recipe["alpha"] * variance, sample(recipe["batch"])
+        scalars = gated_loss(params, *sampled, rows["pairs"], alpha, **how)
+        return scalars | {name: scalars[name] / variance for name in ("mse", "loss")}
 
     def survey(params):
-        counts, _, _ = draw(rows, 200, rng)
+        counts, _ = draw(rows, 200, rng)
         weights, gate, v, W_O = tables(params, **options)
         pattern = counts[:, :, None] * np.swapaxes(weights, 1, 2)[:, None]  # [V, R, H, V]
         pattern = (pattern / pattern.sum(axis=-1, keepdims=True)).mean(axis=1)  # [V, H, V]
         pattern, out = np.swapaxes(pattern, 0, 1), np.einsum("vhk,hkd->hvd", v, W_O)
         return gate, pattern, (gate * pattern)[..., None] * out[:, None]
 
-    gain = recipe["d_head"] * (scale or 1)
-    rescue = partial(take_over, survey=survey, pairs=rows["pairs"], p=recipe["p"], gain=gain)
     sizes = recipe["heads"] * n_heads, n_tokens, recipe["d_head"]
     start = gatedref.init_params(*sizes, seed, recipe["d_gate"])
     gatedref.gated_attention(start, np.eye(n_tokens)[None], **options)  # checks the options
-    params, curves = fit(objective, start, recipe, rescue=rescue, note=note)
+    gain = recipe["d_head"] * (scale or 1)
+    takes = partial(take_over, survey=survey, pairs=rows["pairs"], p=recipe["p"], gain=gain)
+    between = recipe["takeovers"] and takes
+    params, curves = fit(objective, start, recipe, between=between, note=note)
     return params, options, curves
 
 
-def alpha_at(progress, recipe):
-    """No alpha at first, then one that falls geometrically to its last value (to 0: a thousandfold,
-    and then to 0)."""
-    (first, last), (free, fallen) = recipe["alpha"], recipe["until"]
-    if progress < free or progress >= fallen:
-        return 0.0 if progress < free else float(last)
-    return first * (max(last, first / 1000) / first) ** ((progress - free) / (fallen - free))
-
-
-def train_toy(n_heads, n_trigrams, seed, recipe=TOY, note=None):
-    """A toy model's parameters, trained on next-token cross-entropy."""
-    n_tokens = 2 * n_trigrams + 2
+def train_toy(n_heads, n_trigrams, seed, recipe=TOY, *, n_layers=1, note=None):
+    """The layers of a toy model, trained on the cross-entropy of the next token."""
     tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=seed)
-    rows, rng = tabulate(tokens, n_tokens), np.random.default_rng([seed, 2])
-    start = gatedref.init_params(n_heads, n_tokens, 1, seed)
-    objective = lambda params, _: next_token_loss(params, draw(rows, recipe["batch"], rng))
+    V, rng = 2 * n_trigrams + 2, np.random.default_rng([seed, 2])
+
+    def objective(layers):
+        batch = tokens[rng.integers(len(tokens), size=recipe["batch"])]
+        logits = gatedref.transformer(layers, batch)["logits"][:, :-1]
+        return {"loss": surprise(logits, np.eye(V)[batch[:, 1:]])}
+
+    start = [gatedref.init_params(n_heads, V, 1, seed_of(seed, i)) for i in range(n_layers)]
     return fit(objective, start, recipe, note=note)[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# What a model does, measured with the reference itself
+def surprise(logits, answers):
+    """The mean of -log p(answer). logits, and answers one-hot: [..., V]."""
+    logits = logits - getval(logits).max(axis=-1, keepdims=True)
+    normaliser = np.log(np.exp(logits).sum(axis=-1))
+    return np.mean(normaliser - (logits * answers).sum(axis=-1))
 
 
-def forward(layers, tokens, **options):
-    """A model's logits, and each head's output [B, T, H, V], those of all layers together."""
-    model = gatedref.transformer(layers, tokens, **options)
-    return model["logits"], np.concatenate([b["result"] for b in model["blocks"]], axis=2)
+def seed_of(*numbers):
+    """A seed of its own for everything random, from a run's seed and what it is for."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def measure(run, n_trigrams, seed, n_sequences):
+# ---- What a model does, measured with the reference itself ---------------------------------------
+
+
+def measure(layers, n_trigrams, seed, n_sequences, **options):
     """What a model does with each trigram, on sequences that complete just one: `accuracy` [n],
     where its B is not last; `holders` [n], the smallest sets of heads that hold it, on 1,000
     sequences at most; `shares` [n, H], the mean share of each head's output in the sum of their
-    norms. run(tokens) -> what `forward` returns."""
+    norms. The heads are those of all layers together."""
     tokens, completes = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
-    tokens, completes = (a[completes.sum(axis=1) == 1] for a in (tokens, completes))
-    sequence, position = np.nonzero(completes)
-    answers, made = tokens[sequence, position] + n_trigrams, []
-    for part in np.array_split(sequence, math.ceil(len(tokens) / 500)):
-        made.append([a[np.arange(len(part)), position[part]] for a in run(tokens[part])])
-    logits, result = (np.concatenate(arrays) for arrays in zip(*made))
-    norms, right = np.linalg.norm(result, axis=2), logits.argmax(axis=1) == answers
-    shares = norms / np.maximum(norms.sum(axis=1, keepdims=True), 1e-300)  # [S, H]
-    accuracy, held, mean_shares = [], [], []
+    completes &= completes.sum(axis=1, keepdims=True) == 1
+    accuracy, held, shares = [], [], []
     for answer in range(n_trigrams + 1, 2 * n_trigrams + 1):
-        mine = np.flatnonzero(answers == answer)
-        accuracy.append(right[mine[position[mine] < tokens.shape[1] - 1]].mean())
-        held.append(gatedref.holders(result[mine[:1000]], answers[mine[:1000]]))
-        mean_shares.append(shares[mine].mean(axis=0))
-    return {"accuracy": accuracy, "holders": held, "shares": np.array(mean_shares)}
+        mine = (completes & (tokens == answer - n_trigrams)).any(axis=1)
+        at, model = completes[mine], gatedref.transformer(layers, tokens[mine], **options)
+        right = model["logits"].argmax(axis=2) == answer
+        accuracy.append(right[:, :-1][at[:, :-1]].mean())
+        result = np.concatenate([block["result"] for block in model["blocks"]], axis=2)[at]
+        held.append(gatedref.holders(result[:1000], np.full(len(result), answer)[:1000]))
+        norms = np.linalg.norm(result, axis=2)  # [S, H]
+        shares.append((norms / np.maximum(norms.sum(axis=1, keepdims=True), 1e-300)).mean(axis=0))
+    return {"accuracy": accuracy, "holders": held, "shares": shares}
 
 
 def unexplained(toy, gated, n_trigrams, seed, n_sequences, **options):
     """FVU, the fraction of the toy's output variance that the gated block leaves unexplained; and
     the L0.6 penalty, whatever it was trained with. Both on fresh sequences."""
     tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
-    errors, targets, penalties = [], [], []
-    for part in np.array_split(tokens, math.ceil(n_sequences / 500)):
-        targets.append(gatedref.transformer([toy], part)["blocks"][0]["attn_out"])
-        block = gatedref.transformer([gated], part, **options)["blocks"][0]
-        errors.append(((block["attn_out"] - targets[-1]) ** 2).sum())
-        penalties.append(gatedref.lp_penalty(block["gate"]) * len(part))
-    targets = np.concatenate(targets)
-    deviations = ((targets - targets.mean(axis=(0, 1))) ** 2).sum()
-    return sum(errors) / deviations, sum(penalties) / n_sequences
+    parts = np.split(np.eye(toy["W_Q"].shape[1])[tokens], n_sequences // 500)
+    targets = [gatedref.attention(toy, x)["attn_out"] for x in parts]
+    losses = [gatedref.loss(gated, x, y, 0, **options) for x, y in zip(parts, targets)]
+    mse, penalty = (np.mean([scalars[name] for scalars in losses]) for name in ("mse", "penalty"))
+    return mse / np.concatenate(targets).var(axis=(0, 1)).mean(), penalty
 
 
 def singles(holders):
@@ -402,34 +359,28 @@ def is_apart(accuracy, holders):
     return min(accuracy) > 0.99 and any(len(set(heads)) == len(heads) for heads in chosen)
 
 
-# ------------------------------------------------------------------------------------------------
-# Experiments. Each returns rows for results.json; tables and pictures are made from these alone.
+# ---- Experiments: rows for results.json, from which alone tables and pictures are made -----------
 
 SETTINGS = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5)}
 SIZES = {**SETTINGS, "8H10T": (8, 10)}  # heads, trigrams
 FIGURES = Path(__file__).resolve().parent / "figures"
 OURS, AUTHORS = "this recipe", "the authors' block"
+BOTH = {AUTHORS: None, OURS: {}}
 ABLATIONS = {
     OURS: {},
     "published objective": {"value_scale": None},
-    "constant alpha": {"alpha": RECIPE["alpha"][1:] * 2, "until": (0, 1)},
-    "no takeover": {"takeovers": 0},
-    "no takeover, best of six": {"takeovers": 0, "starts": 6},
+    "no takeover": {"takeovers": False},
     **{f"p = {p}": {"p": p} for p in (0.4, 1.0, 2.0)},
-    "no penalty": {"alpha": (1e-12, 1e-12), "takeovers": 0},
+    "no penalty": {"alpha": 0, "takeovers": False},
     "as many heads as the toy": {"heads": 1},
     "d_head 1": {"d_head": 1},
     "d_gate 1": {"d_gate": 1},
     "stuck gates stay stuck": {"reopen": False},
-    "ReLU": {"activation": "relu"},
-    "binary": {"activation": "binary"},
 }
-PRICE = {f"{last:g}": {"alpha": (RECIPE["alpha"][0], last)} for last in (6, 3, 1.5, 0.75, 0.25, 0)}
-
-
-def seed_of(*numbers):
-    """A seed of its own for everything random, from a run's seed and what it is for."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+PRICE = {f"{alpha:g}": {"alpha": alpha} for alpha in (10, 5, RECIPE["alpha"], 1, 0.25, 0)}
+RATED = ("key", "variant", "seed", "apart", "share", "fvu")
+JUDGED = (*RATED, "accuracy_toy", "holders_toy", "accuracy_gated", "holders_gated")
+JUDGED += ("redraws", "penalty", "n_gated_heads")
 
 
 def published(key, which):
@@ -439,126 +390,266 @@ def published(key, which):
         return {name.split("/")[2]: file[name].astype(float) for name in names}
 
 
-def run_setting(job, note):
-    """A toy, and for each variant the gated block that it becomes: [(row, blocks, options)]. job:
-    `key` of SIZES, `seed`, `quick`; `variants`, name -> changes to RECIPE, and `starts`, of which
-    that with the lowest last loss counts, or None for the authors' gated block; `toy`, a block, or
-    None to train one. A toy is drawn again unless all its trigrams are right, one distributed."""
-    n_heads, n = SIZES[job["key"]]
-    steps, n_sequences = (QUICK, 2000) if job["quick"] else ({}, 20000)
-    seeds = partial(seed_of, job["seed"], n_heads, n)
+def run_setting(key, seed, steps, note, variants, theirs=False):
+    """A toy, and for each variant the gated block that it becomes: rows, with their `blocks`. key:
+    of SIZES. steps: QUICK or {}. note(phase, start, size, done): a phase that is a part of it all,
+    and what part of that is done. variants: name -> changes to RECIPE, or None for the authors'
+    block. theirs: their toy. Ours is drawn again unless it is right and a trigram distributed."""
+    (n_heads, n), n_sequences = SIZES[key], 2000 if steps else 10000
+    seeds, recipe = partial(seed_of, seed, n_heads, n), {**TOY, **steps}
     judge = partial(measure, n_trigrams=n, seed=seeds(0), n_sequences=n_sequences)
     tokens, _ = gatedref.sample_skip_trigrams(n, 5000, seed=seeds(1))
-    size = 1 / (1 + len(job["variants"]))  # of a part of the job
-
-    def phase(name, start, size):
-        return lambda told: note({"phase": name, "done": start + size * told["done"]})
-
+    size, rows = 1 / (1 + len(variants)), []  # of a part of the job
     for redraws in itertools.count():
-        told = phase("redrawing the toy" if redraws else "toy", 0, size)
-        toy = job["toy"] or train_toy(n_heads, n, seeds(2, redraws), {**TOY, **steps}, told)
-        before = judge(partial(forward, [toy]))
+        left = size / 2**redraws  # each draw takes half of it
+        told = partial(note, "redrawing the toy" if redraws else "toy", size - left, left / 2)
+        make = partial(train_toy, n_heads, n, seeds(2, redraws), recipe, note=told)
+        toy = published(key, "toy") if theirs else make()[0]
+        before = judge([toy])
         good = min(before["accuracy"]) > 0.998 and not all(singles(before["holders"]))
-        if good or job["toy"] or job["quick"]:
+        if good or theirs or steps:
             break
-    results = []
-    for number, (variant, changes) in enumerate(job["variants"].items(), 1):
+    for number, (variant, changes) in enumerate(variants.items(), 1):
         if changes is None:
-            gated, options = published(job["key"], "gated"), {}
+            gated, options = published(key, "gated"), {"value_scale": None}
         else:
-            recipe = {**RECIPE, **steps, **changes}
-            starts, made = recipe.pop("starts", 1), []
-            for start in range(starts):
-                told = phase("search", (number + start / starts) * size, size / starts)
-                made.append(take_apart(toy, tokens, seed=seeds(3, start), recipe=recipe, note=told))
-            last_loss = lambda made: np.mean([scalars["loss"] for scalars in made[2][-100:]])
-            gated, options, _ = min(made, key=last_loss)
-        after = judge(partial(forward, [gated], **options))
+            told, recipe = partial(note, "search", number * size, size), RECIPE | changes | steps
+            gated, options, _ = take_apart(toy, tokens, seed=seeds(3, 0), recipe=recipe, note=told)
+        after = judge([gated], **options)
         fvu, penalty = unexplained(toy, gated, n, seeds(4), n_sequences // 2, **options)
-        row = {"key": job["key"], "variant": variant, "seed": job["seed"], "redraws": redraws}
+        row = {"key": key, "variant": variant, "seed": seed, "redraws": redraws}
         for which, found in (("toy", before), ("gated", after)):
             row |= {f"{name}_{which}": value for name, value in found.items()}
         row |= {"n_gated_heads": len(gated["W_Q"]), "fvu": fvu, "penalty": penalty}
-        row |= {"apart": is_apart(after["accuracy"], after["holders"])}
-        row |= {"share": after["shares"].max(axis=1).mean()}
-        results.append((row, {"toy": toy, "gated": gated}, options))
-    return results
-
-
-def run_settings(arguments, keys, seeds, variants, toys=False):
-    """(row, blocks, options) of all these runs, by setting and variant, with the authors' `toys` or
-    ours. The largest settings begin, so that the cores are done together."""
-    if arguments.quick:
-        seeds, variants = seeds[:1], dict(itertools.islice(variants.items(), 2))
-    jobs = [
-        {"run": run_setting, "key": key, "seed": seed, "quick": arguments.quick}
-        | {"variants": variants, "toy": published(key, "toy") if toys else None}
-        for key in reversed(keys)
-        for seed in seeds[: None if key in SETTINGS else 5]
-    ]
-    order = {which: i for i, which in enumerate(itertools.product(keys, variants))}
-    return sorted(run_all(jobs), key=lambda made: order[made[0]["key"], made[0]["variant"]])
-
-
-RATED = ("key", "variant", "seed", "apart", "share", "fvu")
-
-
-def rows_of(results, names=None):
-    """The rows alone, and of these what is named, else all but what is for a picture of one run."""
-    names = names or [name for name in results[0][0] if not name.startswith("shares")]
-    return [{name: row[name] for name in names} for row, *_ in results]
-
-
-def run_main(arguments):
-    """The three settings of the post, for one seed. Writes the blocks, too."""
-    results, stored, rows = run_settings(arguments, SETTINGS, [arguments.seed], {OURS: {}}), {}, []
-    for row, blocks, options in results:
-        for block, params in blocks.items():
-            stored |= {f"{row['key']}/{block}/{name}": array for name, array in params.items()}
-        stored[f"{row['key']}/gated/value_scale"] = options["value_scale"]
-        x = np.eye(blocks["toy"]["W_Q"].shape[1])[None]  # every token once
-        gate = gatedref.gated_attention(blocks["gated"], x, **options)["gate"][0]  # [H, V, V]
-        rows.append({**row, "gates": gate[:, :, [0, -1]]})  # at keys A and BOS
-    write(arguments.out / "blocks.npz", lambda file: np.savez(file, **stored))
+        row["apart"] = is_apart(after["accuracy"], after["holders"])
+        row["share"] = np.max(after["shares"], axis=1).mean()
+        gate = gatedref.gated_attention(gated, np.eye(2 * n + 2)[None], **options)["gate"][0]
+        row["gates"] = gate[:, :, [0, -1]]  # [H, V, 2], at keys A and BOS
+        row["blocks"] = {"gated/value_scale": options["value_scale"]}
+        for which, block in (("toy", toy), ("gated", gated)):
+            row["blocks"] |= {f"{which}/{name}": array for name, array in block.items()}
+        rows.append(row)
     return rows
 
 
-def benchmark(arguments):
-    """Prints the milliseconds of a loss and gradient of one block on the same 1,000 sequences, in
-    plain form, table form, and PyTorch where it is installed, in turn: medians."""
-    rows = run_all([{"run": time_forms, "key": "benchmark", "seed": 0, "quick": arguments.quick}])
-    print("\n".join(table(rows[0], [row.values() for row in rows])))
+def run_each(run, keys, n_seeds, names, asked, **more):
+    """The rows of run(key, seed, ...) for each of these, or what is named of them."""
+    seeds = range(asked.seed, asked.seed + (1 if asked.quick else n_seeds))
+    jobs = [(key, seed) for key in keys for seed in (seeds if key != "8H10T" else seeds[:5])]
+    rows, began, steps = [], time.perf_counter(), QUICK if asked.quick else {}
+    for number, (key, seed) in enumerate(jobs):
+
+        def note(phase, start, size, done, number=number, which=f"{key}, seed {seed}"):
+            done = max(number + start + size * done, 0.01) / len(jobs)
+            left = (time.perf_counter() - began) * (1 / done - 1)
+            line = f"{number} of {len(jobs)} done; {which}: {phase}; {left:.0f} s left"
+            if sys.stderr.isatty():
+                print(f"\r\033[K{line[:79]}", end="\r", file=sys.stderr, flush=True)
+
+        try:
+            rows += run(key, seed, steps, note, **more)
+        except FloatingPointError as wrong:
+            raise FloatingPointError(f"{key}, seed {seed}: {wrong}") from None
+    if sys.stderr.isatty():
+        print("\033[K", end="", file=sys.stderr, flush=True)
+    return [{name: row[name] for name in names or row} for row in rows]
 
 
-def time_forms(job, note):
-    rows, forms, repeats = [], {}, 2 if job["quick"] else 15
-    for n_heads, n in ((4, 3), (8, 5), (16, 10)):
-        tokens, _ = gatedref.sample_skip_trigrams(n, 1000)
-        params = gatedref.init_params(n_heads, 2 * n + 2, 4, 0, d_gate=2)
-        x, context = np.eye(2 * n + 2)[tokens], tabulate(tokens, 2 * n + 2)
-        real = np.arange(context["n_rows"].max()) < context["n_rows"][:, None]
-        batch = context["counts"], context["after"], real / tokens.size
-        given = batch, 0 * context["counts"], context["pairs"], 0.1
-        slope = grad(lambda params, given: gated_loss(params, *given)["loss"])
-        forms["plain"] = partial(gatedref.loss_and_grad, params, x, 0 * x, 0.1)
-        forms["table"] = partial(slope, params, given)
-        with contextlib.suppress(ImportError):
-            import torch
-
-            from test_gatedref import torch_block
-
-            torch.set_num_threads(1)
-            case = gatedref.Case("", params, x, 0 * x, 0.1, None, None)
-            forms["PyTorch"] = partial(torch_block, torch, case, torch.float64)
-        times = [[timeit.timeit(form, number=1) for form in forms.values()] for _ in range(repeats)]
-        medians = [f"{1000 * seconds:.3g}" for seconds in np.median(times, axis=0)]
-        told = {f"{name} (ms)": median for name, median in zip(forms, medians)}
-        rows.append({"heads": n_heads, "trigrams": n, **told})
+def run_main(asked):
+    """The three settings of the post, for one seed; their blocks go to `blocks.npz`."""
+    rows = run_each(run_setting, SETTINGS, 1, None, asked, variants={OURS: {}})
+    stored = [(row["key"], *item) for row in rows for item in row.pop("blocks").items()]
+    arrays = {f"{key}/{name}": array for key, name, array in stored}
+    write(asked.out / "blocks.npz", lambda file: np.savez(file, **arrays))
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables, in Markdown as the pages have them
+# ---- What the method cannot do: three predictions from the discussion under the post -------------
+# Each is a toy, a sampler, and variants of the objective, in the plain form, since what is read is
+# not one-hot, or not read through counts.
+
+
+def run_limit(key, seed, steps, note):
+    """The rows of a limit. Its `build` in LIMITS gives the kinds of what its toy does; variants:
+    loss(params, n_sequences) -> (unexplained, penalty), the parameters to start from, alpha, and
+    what `fit` does between legs; and judge(params), the kinds of what a gated block does."""
+    kinds, variants, judge = LIMITS[key][0](seed, steps)
+    rows = [{"variant": "toy", "kinds": kinds}] if kinds else []
+    for number, (variant, (loss, start, alpha, between)) in enumerate(variants.items()):
+
+        def objective(params, size=40, loss=loss, alpha=alpha):
+            fvu, penalty = loss(params, size)
+            return {"unexplained": fvu, "loss": fvu + alpha * penalty}
+
+        recipe = {**RECIPE, "steps": 1200, "rate": 0.02, **steps}
+        told = partial(note, variant, number / len(variants), 1 / len(variants))
+        params, _ = fit(objective, start, recipe, between=between, note=told)
+        rows.append({"variant": variant, "kinds": judge(params), **objective(params, 2000)})
+    return [{"key": key, "seed": seed, **row} for row in rows]
+
+
+def across_layers(seed, steps):
+    """Two layers: which heads hold a toy's trigrams. One head a layer in the toy, three when gated.
+    Error and penalty count for each layer by itself, or for both as if they were one block."""
+    judge = partial(measure, n_trigrams=3, seed=seed_of(seed, 3), n_sequences=10000)
+    pool, _ = gatedref.sample_skip_trigrams(3, 5000, seed=seed_of(seed, 4))
+
+    def kinds_of(layers, **options):
+        """Across: some trigram is held, but not by heads of one layer, the first or second half."""
+        accuracy, holders, shares = judge(layers, **options).values()
+        half = len(shares[0]) / 2
+        if min(accuracy) <= 0.99:
+            return ["wrong"]
+        if any(s and all(min(heads) < half <= max(heads) for heads in s) for s in holders):
+            return ["across"]
+        return ["apart" if is_apart(accuracy, holders) else "within one"]
+
+    kinds = []
+    while kinds[-1:] != ["across"] and not (kinds and steps):
+        toy = train_toy(1, 3, seed_of(seed, 5, len(kinds)), {**TOY, **steps}, n_layers=2)
+        kinds += kinds_of(toy)
+    written = [block["attn_out"] for block in gatedref.transformer(toy, pool)["blocks"]]
+    variance, scale = sum(written).var(axis=(0, 1)).mean(), 2 * np.abs(written).max()
+    rng = np.random.default_rng([seed, 3])
+
+    def loss(layers, size, as_one):
+        tokens, how = pool[rng.integers(len(pool), size=size)], {"activation": reopening}
+        ours = gatedref.transformer(layers, tokens, value_scale=scale, **how)["blocks"]
+        theirs = gatedref.transformer(toy, tokens)["blocks"]
+        errors = [a["attn_out"] - b["attn_out"] for a, b in zip(ours, theirs)]
+        gates = [block["gate"] for block in ours]
+        if as_one:
+            errors, gates = [sum(errors)], [np.concatenate(gates, axis=1)]
+        mse = sum(np.mean(error * error) for error in errors)
+        return mse / variance, sum(map(gatedref.lp_penalty, gates))
+
+    variants = {"a penalty for each layer": (False, 0), "one penalty": (True, 0)}
+    variants["one penalty, another start"] = True, 2
+    for name, (as_one, first) in variants.items():
+        seeds = [seed_of(seed, first + layer) for layer in range(2)]
+        start = [gatedref.init_params(3, 8, 2, each, d_gate=2) for each in seeds]
+        variants[name] = partial(loss, as_one=as_one), start, 3, None
+    return kinds, variants, partial(kinds_of, value_scale=scale)
+
+
+def sample_copies(size, rng):
+    """x [size, 4, 7] has tokens 0 to 3 in any order, one-hot, then three numbers, which token 3
+    alone has. Wanted by 0 are the first and second number, by 1 the second and third, by 2 the
+    third and first, as uniform attention gives them; nothing else."""
+    x = np.eye(7)[rng.permuted(np.tile(np.arange(4), (size, 1)), axis=1)]
+    x[..., 4:] += x[..., 3:4] * rng.normal(size=(size, 4, 3))
+    asked = x[..., :3] @ [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
+    seen = np.cumsum(x[..., 4:], axis=1) / np.arange(1, 5)[:, None]
+    return x, np.concatenate([0 * x[..., :4], asked * seen], axis=2)
+
+
+def overlapping(seed, _):
+    """Copies that overlap: do heads serve several tasks? Six heads copy two numbers for each query:
+    of width 1, so that it takes two, or of width 2, where one could do it."""
+    rng, pairs, tokens = np.random.default_rng([seed, 4]), np.zeros((7, 7)), np.eye(7)[None]
+    variance, pairs[:3, 3] = sample_copies(5000, rng)[1].var(axis=(0, 1)).mean(), 1
+
+    def block_of(params, x, activation="clamp"):  # whose gate sees no number: it could copy it
+        seen = {"W_gate_" + n: params["W_gate_" + n] * (np.arange(7) < 4)[:, None] for n in "QK"}
+        return gatedref.gated_attention({**params, **seen}, x, activation=activation)
+
+    def loss(params, size):
+        x, target = sample_copies(size, rng)
+        block = block_of(params, x, reopening)
+        error = block["attn_out"] - target
+        return np.mean(error * error) / variance, gatedref.lp_penalty(block["gate"])
+
+    def survey(params):
+        gate, W = block_of(params, tokens)["gate"][0], gatedref.normalised(params)
+        maps = np.reshape(W["W_V"][:, 4:] @ W["W_O"][:, :, 4:], (-1, 1, 1, 9))
+        return gate, np.ones_like(gate), gate[..., None] * maps
+
+    def write_map(params, head, _, wanted):  # of rank 2, from three numbers to three
+        left, _, right = np.linalg.svd(np.reshape(wanted, (3, 3)))
+        params["W_O"][head] = 0
+        params["W_V"][head, 4:], params["W_O"][head, :, 4:] = left[:, :2], right[:2]
+
+    def judge(params):
+        opened = block_of(params, tokens)["gate"][0, :, :3, 3] > 0.1  # [H, task]
+        if loss(params, 2000)[0] > 0.01:
+            return ["wrong"]
+        if opened.sum(axis=1).max() > 1:
+            return ["shared"]
+        return ["one a task" if (opened.sum(axis=0) == 1).all() else "several a task"]
+
+    takes = partial(take_over, survey=survey, pairs=pairs, p=0.6, gain=2**0.5, write=write_map)
+    variants = {"width 1": (1, None), "width 2": (2, None), "width 2, takeovers": (2, takes)}
+    for name, (d_head, between) in variants.items():
+        start = gatedref.init_params(6, 7, d_head, seed, d_gate=1)
+        # Queries and keys of 0 have no gradient: attention stays uniform.
+        start |= {name: 0 * start[name] for name in ("W_Q", "W_K", "b_Q", "b_K")}
+        variants[name] = loss, start, 0.1, between
+    return [], variants, judge
+
+
+PAIRS = np.array(list(itertools.combinations_with_replacement(range(1, 5), 2)))  # of signals
+
+
+def sample_pairs(size, rng):
+    """x [size, 6, 22] has two signals of 1 to 4 among noise, 5 to 11, in any order, and last the
+    token 0, where it is to be said which of PAIRS they are, token 12 to 21."""
+    tokens, answers = rng.integers(5, 12, size=(size, 6)), rng.integers(10, size=size)
+    places = rng.permuted(np.tile(np.arange(5), (size, 1)), axis=1)[:, :2]
+    np.put_along_axis(tokens, places, PAIRS[answers], axis=1)
+    tokens[:, -1] = 0
+    return np.eye(22)[tokens], answers
+
+
+def different_sources(seed, steps):
+    """Pairs of signals: by how many heads each is held. Four heads in the toy, twelve when gated.
+    The penalty is the method's, or that of a head's mean gate over all keys, for any source."""
+    rng = np.random.default_rng([seed, 5])
+    x, answers = sample_pairs(5000, np.random.default_rng([seed, 6]))
+
+    def name_pair(params):
+        x, answers = sample_pairs(40, rng)
+        logits = gatedref.attention(params, x)["attn_out"][:, -1, 12:]
+        return {"loss": surprise(logits, np.eye(10)[answers])}
+
+    toy, _ = fit(name_pair, gatedref.init_params(4, 22, 1, seed), {**TOY, **steps})
+    target = gatedref.attention(toy, x)["attn_out"][:, -1]
+    variance, scale = target.var(axis=0).mean(), 2 * np.abs(target).max()
+
+    def loss(params, size, by_query):
+        x, _ = sample_pairs(size, rng)
+        block = gatedref.gated_attention(params, x, activation=reopening, value_scale=scale)
+        error = (block["attn_out"] - gatedref.attention(toy, x)["attn_out"])[:, -1]
+        gate = block["gate"]
+        if by_query:
+            gate = np.repeat(np.mean(gate, axis=3, keepdims=True), 6, axis=3)
+        return np.mean(error * error) / variance, gatedref.lp_penalty(gate)
+
+    def kinds_of(block):
+        result, kinds = block["result"][:, -1, :, 12:], []  # [S, H, 10]
+        right = result.sum(axis=1).argmax(axis=1) == answers
+        for mine in (answers == pair for pair in range(10)):
+            sets = gatedref.holders(result[mine], answers[mine])
+            n_heads = min(3, len(sets[0])) if sets and right[mine].mean() > 0.99 else 0
+            kinds.append(("wrong", "one head", "two", "three or more")[n_heads])
+        return kinds
+
+    start = gatedref.init_params(12, 22, 1, seed, d_gate=1)
+    start |= {name: start[name] + 0.7 for name in ("b_gate_Q", "b_gate_K")}  # gates half open
+    variants = {"penalty": (False, 0.1), "no penalty": (False, 0), "penalty by query": (True, 0.1)}
+    for name, (by_query, alpha) in variants.items():
+        variants[name] = partial(loss, by_query=by_query), start, alpha, None
+    judge = lambda params: kinds_of(gatedref.gated_attention(params, x, value_scale=scale))
+    return kinds_of(gatedref.attention(toy, x)), variants, judge
+
+
+LIMITS = {  # how many seeds, and the kinds
+    "layers": (across_layers, 20, ("across", "within one", "apart", "wrong")),
+    "overlap": (overlapping, 12, ("shared", "several a task", "one a task", "wrong")),
+    "sources": (different_sources, 30, ("three or more", "two", "one head", "wrong")),
+}
+
+
+# ---- Tables, in Markdown as the pages have them --------------------------------------------------
 
 
 def table(head, rows):
@@ -602,12 +693,25 @@ def table_rates(rows):
     return table(("setting", "variant", *RATES), cells)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures, in the colours of Okabe and Ito, which the colour-blind can tell apart: one for each
-# setting, one for what holds a trigram, one for each p
+def by_variant(rows):
+    """Of each variant of a limit: its name, its rows, and how many are of each of its kinds."""
+    for (variant,), group in grouped(rows, "variant").items():
+        found = [kind for row in group for kind in row["kinds"]]
+        yield variant, group, [found.count(kind) for kind in LIMITS[rows[0]["key"]][2]]
 
-COLOURS = dict(zip(SETTINGS, ("#0072B2", "#E69F00", "#009E73")))
+
+def table_limit(rows):
+    lines, names = [], ("unexplained", "loss")
+    for variant, group, (*counts, _) in by_variant(rows):
+        numbers = [[row[name] for row in group if name in row] for name in names]
+        lines.append((variant, *counts, *(f"{np.median(n):.4f}" if n else "" for n in numbers)))
+    return table(("variant", *LIMITS[rows[0]["key"]][2][:-1], *names), lines)
+
+
+# ---- Pictures, in colours that the colour-blind can tell apart (Okabe and Ito; Tol) --------------
+
 HOLDER, OF_P = "#D55E00", {0.6: "#000000", 1.0: "#CC79A7", 2.0: "#56B4E9"}
+OF_KIND = "#332288", "#88CCEE", "#DDCC77", "#BBBBBB"
 LOOK = {"savefig.dpi": 130, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
 
 
@@ -648,9 +752,9 @@ def draw_main(results, out):
     with picture(out / "before_after.png", title, 5.6, 2, 3, height_ratios=[2, 3]) as axes:
         for ax, (which, row) in zip(axes.flat, itertools.product(("toy", "gated"), rows)):
             shares = np.transpose(row["shares_" + which])  # [H, n]
-            title = f"{row['key']}, {which}: {len(shares)} heads"
             Bs = [f"B{i + 1}" for i in range(shares.shape[1])]
             shown = draw_heads(ax, shares, row, which, Bs, 1)
+            title = f"{row['key']}, {which}: {len(shares)} heads"
             ax.set(title=title, xlabel="trigram A ... Bi -> Ci")
         ax.figure.colorbar(shown, ax=axes, shrink=0.6, label="share of what all heads write")
     gates = np.array(row["gates"])  # [H, V, 2], of the largest setting
@@ -662,158 +766,91 @@ def draw_main(results, out):
         ax.figure.colorbar(shown, ax=axes, label="gate (0: closed)")
     pairs = {"one open": [1, 0], "two half open": [0.5, 0.5], "two open": [1, 1]}
     title = "Two heads share a pair: L0.6 makes them pay, L1 does not mind, L2 gives a discount"
-    with picture(out / "penalty.png", title, 3.4, 1, 2) as ((bars, ball),):
+    with picture(out / "penalty.png", title, 3, 1, 1) as ((ax,),):
         for i, (p, colour) in enumerate(OF_P.items()):
             costs = [gatedref.lp_penalty(np.reshape(x, (1, 2, 1, 1)), p) for x in pairs.values()]
-            drawn = bars.bar(np.arange(3) + 0.28 * i, costs, 0.26, color=colour, label=f"L{p:g}")
-            bars.bar_label(drawn, fmt="%.2f", fontsize=8)
-            ball.plot(gate := np.linspace(0, 1, 1000), (1 - gate**p) ** (1 / p), color=colour)
-        bars.set_xticks(np.arange(3) + 0.28, pairs)
-        bars.set(xlabel="gates of two heads on one pair", ylabel="penalty", ylim=(0, 3.5))
-        ball.set(xlabel="gates that cost 1: one head's", ylabel="the other head's", aspect="equal")
-
-
-def draw_sweep(results, out):
-    groups = grouped(results["sweep"], "key")
-    title = "Every run: higher is more separate, further left is truer to the toy"
-    with picture(out / "sweep.png", title, 3.1, 1, len(groups), sharey=True) as axes:
-        for ax, ((key,), rows) in zip(axes[0], groups.items()):
-            for row in rows:
-                look, label = ("ko", "apart") if row["apart"] else ("kx", "not apart")
-                ax.semilogx(row["fvu"], row["share"], look, mfc="none", ms=5, label=label)
-            ax.set(title=f"{key}: {rates(rows)[0]} apart", xlabel="unexplained", ylabel="share")
-            ax.set(xlim=(2e-3, 0.5), ylim=(0.3, 1.02))
+            drawn = ax.bar(np.arange(3) + 0.28 * i, costs, 0.26, color=colour, label=f"L{p:g}")
+            ax.bar_label(drawn, fmt="%.2f", fontsize=8)
+        ax.set_xticks(np.arange(3) + 0.28, pairs)
+        ax.set(xlabel="gates of two heads on one pair", ylabel="penalty", ylim=(0, 3.5))
 
 
 def draw_price(results, out):
     authors = [row for row in results.get("published", []) if row["variant"] == AUTHORS]
-    told = {"apart": "apart (part of the runs)", "share": "share", "fvu": "unexplained (median)"}
-    with picture(out / "price.png", "What separation costs, by the last alpha", 3.4, 1, 3) as axes:
-        for ax, name in zip(axes[0], told):
+    panels = {"apart": np.mean, "share": np.mean, "fvu": np.median}
+    with picture(out / "price.png", "What separation costs, by alpha", 3.4, 1, 3) as axes:
+        for ax, (name, average) in zip(axes[0], panels.items()):
             for (key,), rows in grouped(results["price"], "key").items():
-                runs, mean = grouped(rows, "variant"), np.median if name == "fvu" else np.mean
-                ys = [mean([row[name] for row in group]) for group in runs.values()]
-                ax.plot(ys, "o-", color=COLOURS[key], label=key)
-            alphas = [-float(alpha) for (alpha,) in runs]  # rising
-            default = np.interp(-RECIPE["alpha"][1], alphas, range(len(alphas)))
-            ax.axvline(default, color="0.6", ls=":", label="default")
-            for row in authors if name != "apart" else []:
-                look = {"color": COLOURS[row["key"]], "label": f"{row['key']}, authors"}
-                ax.axhline(row[name], ls="--", **look)
-            ax.set_xticks(range(len(alphas)), [alpha for (alpha,) in runs])
-            ax.set(xlabel="last alpha", ylabel=told[name], ylim=(0, 1.02))
-        axes[0][2].set(yscale="log", ylim=(1e-3, 1))
+                runs = grouped(rows, "variant").values()
+                ys = [average([row[name] for row in group]) for group in runs]
+                (line,) = ax.plot(list(PRICE), ys, "o-", label=key)
+                theirs = [row[name] for row in authors if row["key"] == key and name != "apart"]
+                look = {"colors": line.get_color(), "ls": "--", "label": f"{key}, authors"}
+                ax.hlines(theirs, 0, len(PRICE) - 1, **look)
+            ax.axvline(f"{RECIPE['alpha']:g}", color="0.6", ls=":", label="default")
+            ax.set(xlabel="alpha", ylabel=name, ylim=(0, 1.02))
+        axes[0][0].set(ylabel="apart (part of the runs)")
+        axes[0][2].set(ylabel="unexplained (median)", yscale="log", ylim=(1e-3, 1))
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
+def draw_limit(results, out, name):
+    build, _, kinds = LIMITS[name]
+    variants, _, counts = zip(*by_variant(results[name]))
+    with picture(out / f"{name}.png", build.__doc__.split(".")[0], 2.4, 1, 1) as ((ax,),):
+        left = np.zeros(len(variants))
+        for kind, n, colour in zip(kinds, np.transpose(counts), OF_KIND):
+            ax.barh(variants, n, left=left, color=colour, label=kind)
+            left += n
+        ax.invert_yaxis()
 
-TABLES = {"main": table_main}
-PICTURES = {"main": draw_main, "sweep": draw_sweep, "price": draw_price}
+
+# ---- The command ---------------------------------------------------------------------------------
+
+TABLES = {"main": table_main, **dict.fromkeys(LIMITS, table_limit)}
+PICTURES = {"main": draw_main, "price": draw_price}
+PICTURES |= {name: partial(draw_limit, name=name) for name in LIMITS}
 EXPERIMENTS = {
     "main": run_main,
-    "published": lambda arguments: rows_of(
-        run_settings(arguments, SETTINGS, range(5), {AUTHORS: None, OURS: {}}, toys=True)
-    ),
-    "sweep": lambda arguments: rows_of(run_settings(arguments, SIZES, arguments.seeds, {OURS: {}})),
-    "price": lambda arguments: rows_of(run_settings(arguments, ["4H5T"], range(20), PRICE), RATED),
-    "ablations": lambda arguments: rows_of(
-        run_settings(arguments, ["4H5T"], range(20), ABLATIONS), RATED
-    ),
-    "benchmark": benchmark,
+    "published": partial(run_each, run_setting, SETTINGS, 5, JUDGED, variants=BOTH, theirs=True),
+    "sweep": partial(run_each, run_setting, SIZES, 20, JUDGED, variants={OURS: {}}),
+    "price": partial(run_each, run_setting, ["4H5T"], 20, RATED, variants=PRICE),
+    "ablations": partial(run_each, run_setting, ["3H4T", "4H5T"], 20, RATED, variants=ABLATIONS),
+    **{name: partial(run_each, run_limit, [name], n, None) for name, (_, n, _) in LIMITS.items()},
+    "benchmark": lambda asked: import_module("test_gatedref").benchmark(asked.quick),
 }
-PAGES = "pages"  # tells all results anew: prints, draws, and rewrites the tables of the pages
-
-
-def run_all(jobs):
-    """job["run"](job, note) -> a list, for all jobs, a process for each core: one list, in order.
-    Fresh processes, since BLAS and the C library read their settings at the start."""
-    context = multiprocessing.get_context("spawn")
-    notes, told, began = context.SimpleQueue(), {}, time.perf_counter()
-    workers = min(len(jobs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, context, setattr, (_run_job, "notes", notes)) as pool:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is not for the workers
-        futures = [pool.submit(_run_job, number, job) for number, job in enumerate(jobs)]
-        signal.signal(signal.SIGINT, handler)
-        try:
-            while wait(futures, timeout=0.2, return_when="FIRST_EXCEPTION").not_done:
-                if any(future.done() and future.exception() for future in futures):
-                    break
-                while not notes.empty():
-                    number, note = notes.get()
-                    most = max(note["done"], told.get(number, note)["done"])
-                    told[number] = {**note, "done": most}  # a toy drawn anew is no step back
-                _show_progress(jobs, told, futures, time.perf_counter() - began)
-            return [result for future in futures for result in future.result()]
-        except BaseException:
-            for process in list(pool._processes.values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            _show("")
-
-
-def _run_job(number, job):
-    try:
-        return job["run"](job, lambda note: _run_job.notes.put((number, note)))
-    except FloatingPointError as wrong:
-        raise FloatingPointError(f"{job['key']}, seed {job['seed']}: {wrong}") from None
-
-
-def _show_progress(jobs, told, futures, elapsed):
-    finished = sum(future.done() for future in futures)
-    running = {number: note for number, note in told.items() if not futures[number].done()}
-    done = finished + sum(note["done"] for note in running.values())
-    if running and done > 0.02 * len(jobs):
-        number, note = next(iter(running.items()))
-        which = f"{jobs[number]['key']}, seed {jobs[number]['seed']}: {note['phase']}"
-        left = elapsed * (len(jobs) / done - 1)
-        _show(f"{finished} of {len(jobs)} done; {which}; about {left:.0f} s left")
-
-
-def _show(line):
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line[:79]}", end="", file=sys.stderr, flush=True)
 
 
 def write(path, fill):
     """Writes a file as a whole or not at all: under another name first, then in one move."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("wb") as file:
             fill(file)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(out):
     path = out / "results.json"
-    results = dict(json.loads(path.read_text())) if path.exists() else {}
-    return {name: results[name] for name in EXPERIMENTS if name in results}
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def save(out, name, rows):
-    """Puts an experiment's rows into results.json, numbers to six digits; the others' stay."""
+def save(out, results):
+    """Puts rows of experiments into results.json, numbers to six digits; the others' stay."""
     digits = lambda text: float(f"{float(text):.6g}")
-    rows = json.loads(json.dumps(rows, default=lambda array: array.tolist()), parse_float=digits)
-    results = {**load(out), name: rows}
-    results = {name: results[name] for name in EXPERIMENTS if name in results}
+    text = json.dumps(results, default=lambda array: array.tolist())
+    results = {**load(out), **json.loads(text, parse_float=digits)}
     text = json.dumps(results, separators=(",", ":")).replace('{"key"', '\n{"key"') + "\n"
     write(out / "results.json", lambda file: file.write(text.encode()))
 
 
-def tell(out, names):
-    """Prints the tables of these experiments and draws their pictures; and rewrites all tables in
-    the pages, if these are the results that they tell of."""
+def tell(out, name):
+    """Prints an experiment's table, draws its pictures, and rewrites the tables in the pages, if
+    these are the results that they tell of."""
     results = load(out)
-    for name in [name for name in names if name in results]:
-        print("\n".join([f"{name}:", *TABLES.get(name, table_rates)(results[name]), ""]))
-        PICTURES.get(name, lambda *_: None)(results, out)
+    print("\n".join([f"{name}:", *TABLES.get(name, table_rates)(results[name]), ""]))
+    PICTURES.get(name, lambda *_: None)(results, out)
     for page in (FIGURES / "README.md", FIGURES.parent / "README.md") if out == FIGURES else ():
         text = rewritten(page.read_text(), results).encode()
         write(page, lambda file, text=text: file.write(text))
@@ -831,38 +868,25 @@ def rewritten(text, results):
 
 def parse(argv):
     parser = argparse.ArgumentParser("train.py", description=__doc__.split("\n")[0])
-    parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
-
-    names, add = [*EXPERIMENTS, PAGES], parser.add_argument
+    names, add = [*EXPERIMENTS, "limits"], parser.add_argument
     add("experiments", nargs="*", help=f"which to run, of {', '.join(names)} (default: main)")
-    add("--seed", type=int, help="seed of main (default: 0)")
-    add("--seeds", type=int, nargs=2, help="first and last seed of sweep (default: 0 19)")
+    add("--seed", type=int, default=0, help="the first seed (default: 0)")
     add("--out", type=Path, help="where to write (default: figures, or figures/quick)")
     add("--quick", action="store_true", help="a smoke run of seconds; its numbers mean nothing")
     arguments = parser.parse_args(argv)
-    asked = arguments.experiments = arguments.experiments or ["main"]
+    asked = arguments.experiments or ["main"]
     for name in [name for name in asked if name not in names]:
         parser.error(f"unknown experiment {name!r}, choose from {', '.join(names)}")
-    for option, user, default in (("seed", "main", 0), ("seeds", "sweep", (0, 19))):
-        if getattr(arguments, option) is None:
-            setattr(arguments, option, default)
-        elif user not in asked:
-            parser.error(f"--{option} goes with {user}, got {', '.join(asked)}")
-    if arguments.seed < 0 or not 0 <= arguments.seeds[0] <= arguments.seeds[1]:
-        parser.error("--seed must be >= 0, and --seeds two such numbers, the first and the last")
-    arguments.seeds = range(arguments.seeds[0], arguments.seeds[1] + 1)
+    if arguments.seed < 0 or arguments.seed and asked == ["benchmark"]:
+        parser.error("--seed must be >= 0, and goes with what is trained")
+    arguments.experiments = [n for name in asked for n in (LIMITS if name == "limits" else [name])]
     arguments.out = (arguments.out or FIGURES / ("quick" if arguments.quick else "")).resolve()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write(arguments.out / ".writable", lambda file: None)
-        (arguments.out / ".writable").unlink()
-    except OSError as problem:
-        parser.error(f"cannot write to --out {arguments.out}: {problem.strerror}")
-    try:
-        load(arguments.out)
+        save(arguments.out, {})  # that it can be read and written, before hours are spent
     except (OSError, ValueError, TypeError) as problem:
-        parser.error(f"cannot read {arguments.out / 'results.json'}: {problem}")
+        parser.error(f"cannot use --out {arguments.out}: {problem}")
     return arguments
 
 
@@ -870,23 +894,20 @@ def main(argv=None):
     arguments = parse(argv)
     if arguments.quick:
         print("A smoke run: a few steps each, so that nothing is learnt. No number means anything.")
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc shall keep its memory,
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: which saves a quarter of the
+            ctypes.CDLL(None).mallopt(option, 2**30)  # time
     try:
         for name in arguments.experiments:
-            if name == PAGES:
-                tell(arguments.out, EXPERIMENTS)
-            elif rows := EXPERIMENTS[name](arguments):
-                save(arguments.out, name, rows)
-                tell(arguments.out, [name])
-    except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
-        return 130
-    except (FloatingPointError, OSError, BrokenProcessPool) as problem:
-        print(f"train.py: {problem}", file=sys.stderr)
-        return 1
+            if rows := EXPERIMENTS[name](arguments):
+                save(arguments.out, {name: rows})
+                tell(arguments.out, name)
+    except (KeyboardInterrupt, FloatingPointError, OSError) as problem:
+        print(f"train.py: {str(problem) or 'interrupted'}", file=sys.stderr)
+        return 130 if isinstance(problem, KeyboardInterrupt) else 1
     print(f"results and pictures are in {arguments.out}/")
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the workers, too
     sys.exit(main())
