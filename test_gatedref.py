@@ -1151,7 +1151,7 @@ def test_a_toy_learns_its_trigrams_and_two_handmade_heads_come_apart():
 
 def test_what_is_measured_is_what_each_trigram_does_where_it_is_completed():
     toy = train.published("2H3T", "toy")
-    layers = [toy | {"W_O": toy["W_O"] / 4}] * 2  # so that it is often wrong; of both, the heads
+    layers = [toy | {"W_O": toy["W_O"] / c} for c in (2, 50)]  # so that it is often wrong
     tokens, completes = gatedref.sample_skip_trigrams(3, 9000, seed=7)
     model, single = gatedref.transformer(layers, tokens), completes.sum(axis=1) == 1
     result = np.concatenate([block["result"] for block in model["blocks"]], axis=2)
@@ -1162,7 +1162,7 @@ def test_what_is_measured_is_what_each_trigram_does_where_it_is_completed():
         assert holders == gatedref.holders(result[mine][:1000], np.full(len(norms[:1000]), i + 3))
         mine[:, 10] = False  # the last position
         right = model["logits"][mine].argmax(axis=1) == i + 3
-        assert 0 < accuracy == right.mean() < 1
+        assert 0.3 < accuracy == right.mean() < 1
 
 
 def test_apart_is_right_on_each_trigram_with_a_head_of_its_own_for_each():
