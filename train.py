@@ -304,8 +304,7 @@ def train_toy(n_heads, n_trigrams, seed, recipe=TOY, *, n_layers=1, note=None):
 def surprise(logits, answers):
     """The mean of -log p(answer). logits, and answers one-hot: [..., V]."""
     logits = logits - getval(logits).max(axis=-1, keepdims=True)
-    normaliser = np.log(np.exp(logits).sum(axis=-1))
-    return np.mean(normaliser - (logits * answers).sum(axis=-1))
+    return np.mean(np.log(np.exp(logits).sum(axis=-1)) - (logits * answers).sum(axis=-1))
 
 
 def seed_of(*numbers):
@@ -458,15 +457,13 @@ def run_each(run, keys, n_seeds, names, asked, **more):
 def run_main(asked):
     """The three settings of the post, for one seed; their blocks go to `blocks.npz`."""
     rows = run_each(run_setting, SETTINGS, 1, None, asked, variants={OURS: {}})
-    stored = [(row["key"], *item) for row in rows for item in row.pop("blocks").items()]
-    arrays = {f"{key}/{name}": array for key, name, array in stored}
+    arrays = {f"{r['key']}/{name}": a for r in rows for name, a in r.pop("blocks").items()}
     write(asked.out / "blocks.npz", lambda file: np.savez(file, **arrays))
     return rows
 
 
 # ---- What the method cannot do: three predictions from the discussion under the post -------------
-# Each is a toy, a sampler, and variants of the objective, in the plain form, since what is read is
-# not one-hot, or not read through counts.
+# Each is a toy, a sampler, and variants of the objective, in the plain form.
 
 
 def run_limit(key, seed, steps, note):
