@@ -1167,8 +1167,7 @@ def test_apart_is_right_on_each_trigram_with_a_head_of_its_own_for_each():
 def test_a_run_judges_the_authors_block_as_they_did():
     variants, seen = {train.AUTHORS: None, "short": {"d_head": 2}}, []
     note = lambda phase, start, size, done: seen.append((phase, start + size * done))
-    steps = {"steps": 20}
-    row, other = train.run_setting("2H3T", 0, steps, note, variants, theirs=True)
+    row, other = train.run_setting("2H3T", 0, {"steps": 20}, note, variants, theirs=True)
     assert row["apart"] and (row["n_gated_heads"], other["n_gated_heads"]) == (4, 6)
     assert row["holders_gated"] == [[(1,)], [(0,)], [(3,)]]
     assert row["holders_toy"] == [[(1,)], [(0, 1)], [(0,)]]
@@ -1235,40 +1234,34 @@ def test_how_heads_share_tasks_is_read_off_their_gates():
 
 def test_a_wide_head_takes_over_what_two_wrote_together():
     _, variants, _ = train.overlapping(0, {})
-    block = {name: array.copy() for name, array in variants["width 2, takeovers"][1].items()}
-    for name in block:  # heads 0 and 1 share all tasks, the others are closed
-        block[name] *= 0
-    for head, number in ((0, 4), (1, 5)):
+    _, start, _, take_over = variants["width 2, takeovers"]
+    block = {name: 0 * array for name, array in start.items()}
+    for head, number in ((0, 4), (1, 5)):  # which share all tasks; the others are closed
         block["W_V"][head, number, 0] = block["W_O"][head, 0, number] = 1
     block["W_gate_Q"][:2, :3] = block["W_gate_K"][:2, 3] = 0.9
-    after = variants["width 2, takeovers"][3](block)
-    x, _ = train.sample_copies(20, np.random.default_rng(0))
-    was, now = (gatedref.gated_attention(params, x) for params in (block, after))
-    assert_close(now["attn_out"], was["attn_out"], 12)
+    after, (x, _) = take_over(block), train.sample_copies(20, np.random.default_rng(0))
+    was, now = (gatedref.gated_attention(params, x)["attn_out"] for params in (block, after))
+    assert_close(now, was, 12)
     opened = gatedref.gated_attention(after, np.eye(7)[None])["gate"][0, :, :3, 3] > 1e-9
     assert (opened.sum(axis=0) == 1).all() and opened.sum(axis=1).max() == 1  # one head a task
 
 
-A, B, BOTH_HEADS = [(0,)], [(1,)], [(0, 1)]
-
-
 def test_layers_are_charged_by_themselves_or_as_one_block(monkeypatch):
-    found = lambda right, *held: {"accuracy": right, "holders": held, "shares": [[1, 1]]}
-    right, measured = [1.0, 1.0], [found([1.0, 0.99], A, BOTH_HEADS), found([1.0, 1.0], A, A)]
-    measured += [found(right, A, B), found(right, A, [(1,), (0, 1)]), found(right, A, BOTH_HEADS)]
-    monkeypatch.setattr(train, "measure", lambda *_, **__: measured.pop(0))
+    a, b, both, right = [(0,)], [(1,)], [(0, 1)], [1.0, 1.0]
+    found = [([1.0, 0.99], [a, both], 2), (right, [a, a], 2), (right, [a, b], 2)]
+    found += [(right, [a, [*b, *both]], 2), (right, [a, both], 2)]  # and then of gated blocks:
+    found += [(right, [a, [(0, 4), (1, 2)]], 6), (right, [[(0, 3), (4, 1)]], 6)]
+    measured = iter([{"accuracy": r, "holders": h, "shares": [[1] * n]} for r, h, n in found])
+    monkeypatch.setattr(train, "measure", lambda *_, **__: next(measured))
     monkeypatch.setattr(train, "train_toy", lambda *_, **__: [TOY, TOY])
     monkeypatch.setattr(gatedref, "sample_skip_trigrams", lambda *_, **__: (TOKENS[:1], None))
     kinds, variants, judge = train.across_layers(0, {})  # drawn again until it is across
     assert kinds == ["wrong", "within one", "apart", "apart", "across"]
-    measured += [{**found(right, A, [(0, 4), (1, 2)]), "shares": [[1] * 6]}]
-    measured += [{**found(right, [(0, 3), (4, 1)]), "shares": [[1] * 6]}]
     assert judge([]) == ["within one"] and judge([]) == ["across"]
     theirs = gatedref.transformer([TOY, TOY], TOKENS[:1])["blocks"]
     both = theirs[0]["attn_out"] + theirs[1]["attn_out"]
-    variance = both.var(axis=(0, 1)).mean()
     scale = 2 * max(abs(block["attn_out"]).max() for block in theirs)
-    for name, (loss, layers, alpha, between) in variants.items():
+    for name, (loss, layers, _, _) in variants.items():
         ours = gatedref.transformer(layers, TOKENS[:1], value_scale=scale)["blocks"]
         gates = [block["gate"] for block in ours]
         if name == "a penalty for each layer":
@@ -1277,8 +1270,7 @@ def test_layers_are_charged_by_themselves_or_as_one_block(monkeypatch):
         else:
             mse = ((sum(block["attn_out"] for block in ours) - both) ** 2).mean()
             penalty = gatedref.lp_penalty(np.concatenate(gates, axis=1))
-        assert loss(layers, 3) == pytest.approx((mse / variance, penalty)) and penalty > 0
-        assert (alpha, between) == (3, None)
+        assert loss(layers, 3) == pytest.approx((mse / both.var(axis=(0, 1)).mean(), penalty))
 
 
 def test_two_signals_of_four_stand_among_noise():
@@ -1301,14 +1293,13 @@ def test_sources_are_charged_for_pairs_or_for_what_a_head_does_for_a_query(monke
     target = gatedref.attention(toy, x)["attn_out"][:, -1]
     assert recipe["steps"] == 2 and set(kinds) <= {"wrong", "one head", "two", "three or more"}
     assert objective(toy)["loss"] == pytest.approx(train.surprise(target[:, 12:], targets))
-    for name, (loss, start, alpha, between) in variants.items():
+    for name, (loss, start, _, _) in variants.items():
         block = gatedref.gated_attention(start, x, value_scale=2 * abs(target).max())
         fvu = ((block["attn_out"][:, -1] - target) ** 2).mean() / target.var(axis=0).mean()
         gate = block["gate"]
         if name == "penalty by query":
             gate = gate.mean(axis=3, keepdims=True) + 0 * gate
         assert loss(start, 3) == pytest.approx((fvu, gatedref.lp_penalty(gate)))
-        assert between is None and alpha == (0 if name == "no penalty" else 0.1)
     result = np.zeros((5000, 6, 3, 22))
     result[np.arange(5000), -1, 0, 12 + answers] = 2
     monkeypatch.setattr(gatedref, "gated_attention", lambda *_, **__: {"result": result})
@@ -1319,19 +1310,18 @@ def test_sources_are_charged_for_pairs_or_for_what_a_head_does_for_a_query(monke
     assert judge({}) == ["two"] + ["one head"] * 9
 
 
-def test_a_limit_trains_each_variant_and_counts_what_comes_out(monkeypatch):
-    told = []
-    note = lambda phase, start, size, done: told.append(start + size * done)
-    rows = train.run_limit("overlap", 3, {"steps": 10}, note)
+def test_a_limit_trains_each_variant_and_counts_what_comes_out():
+    told, steps = [], {"steps": 10}
+    rows = train.run_limit("overlap", 3, steps, lambda _, a, b, done: told.append(a + b * done))
     assert [row["variant"] for row in rows] == ["width 1", "width 2", "width 2, takeovers"]
     assert all(row["kinds"] == ["wrong"] and row["loss"] > row["unexplained"] for row in rows)
     assert told[:: len(told) // 3] == pytest.approx([0, 1 / 3, 2 / 3]) and max(told) < 1
     toy = {"key": "overlap", "seed": 0, "variant": "toy", "kinds": ["shared", "wrong"]}
     lines = train.table_limit([toy, *rows, {**rows[0], "kinds": ["shared"], "loss": 9.0}])
     assert lines[0] == "| variant | shared | several a task | one a task | unexplained | loss |"
-    assert lines[2] == "| toy | 1 | 0 | 0 |  |  |"
+    assert lines[2] == "| toy | 1 | 0 | 0 |  |  |" and len(lines) == 6
     assert lines[3].startswith("| width 1 | 1 | 0 | 0 |")
-    assert lines[3].endswith(f"| {(rows[0]['loss'] + 9) / 2:.4f} |") and len(lines) == 6
+    assert lines[3].endswith(f"| {(rows[0]['loss'] + 9) / 2:.4f} |")
 
 
 # ---- The command -------------------------------------------------------------------------------

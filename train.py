@@ -1,8 +1,7 @@
 """train: superposition appears in a toy model, and a gated block takes it apart.
 
-    python train.py                 the three published settings (half a minute)
+    python train.py                 the three published settings (a minute; --help tells more)
     python train.py sweep price     how often it works, and what separation costs (long)
-    python train.py --help
 
 The toy is one attention block with fewer heads than there are skip trigrams, trained on next-token
 cross-entropy. The gated block then learns to put out what the toy's block does, under the L0.6
@@ -12,7 +11,6 @@ tokens, training, what a model does, experiments, limits, tables, pictures, the 
 
 import argparse
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -179,15 +177,15 @@ def take_over(params, survey, pairs, p, gain, write=write_vector):
     """Little used heads take over the (query, key) pairs of tokens for whose sharing most is paid.
 
     A closed gate passes no gradient to its head's values, so a spare head stays dead while others
-    share what it could do alone. So, again and again: find the pair whose sharing costs most; take
-    the head whose gates cost least, drop its old job, and let it write there what all heads write
-    there together, through a gate just wide enough; close the others there. Stop when that saves
-    less than the head's own gates cost. It is how dead neurons of sparse autoencoders are resampled
-    (Bricken et al., 2023), for heads.
+    share what it could do alone. So, again and again: find the pair whose sharing costs most; let
+    the head whose gates cost least drop its old job and write there what all heads write there
+    together, through a gate just wide enough; close the others there. Stop when that saves less
+    than the head's own gates cost. Dead neurons of sparse autoencoders are resampled likewise
+    (Bricken et al., 2023).
 
-    survey(params) -> the gate and the mean pattern [H, V, V] of each head at each pair, and what it
-    writes there on average, [H, V, V, D]. pairs [V, V]: how often each occurs. gain: the norm
-    that a head can write through a gate of 1. Returns the parameters.
+    survey(params) -> each head's gate and mean pattern at each pair, [H, V, V], and what it writes
+    there on average, [H, V, V, D]. pairs [V, V]: how often each occurs. gain: the norm that a head
+    can write through a gate of 1. write: see `write_vector`. Returns the parameters.
     """
     params = {name: array.copy() for name, array in params.items()}
     norm_of = lambda gate: (gate**p).sum(axis=0) ** (1 / p)  # [V, V]
@@ -236,8 +234,7 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
 
     block: parameters of `gatedref.attention`, D = V, of a model that reads tokens one-hot and has
     neither positions nor an output bias. tokens: integers [S, T] in [0, V), some thousands of the
-    sequences that it is to be right on. seed: a whole number >= 0. recipe: a dict like RECIPE.
-    note: see `fit`.
+    sequences that it is to be right on. seed: >= 0. recipe: a dict like RECIPE. note: see `fit`.
     Returns the gated block's parameters; the options to call `gated_attention` with; and the
     curves, for each step a dict of `penalty`, and of `mse` and `loss` over the target's variance.
     ValueError, TypeError: an argument that is not as above. FloatingPointError: scores that are too
@@ -282,8 +279,7 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
     gatedref.gated_attention(start, np.eye(n_tokens)[None], **options)  # checks the options
     gain = recipe["d_head"] * (scale or 1)
     takes = partial(take_over, survey=survey, pairs=rows["pairs"], p=recipe["p"], gain=gain)
-    between = recipe["takeovers"] and takes
-    params, curves = fit(objective, start, recipe, between=between, note=note)
+    params, curves = fit(objective, start, recipe, between=recipe["takeovers"] and takes, note=note)
     return params, options, curves
 
 
@@ -316,10 +312,9 @@ def seed_of(*numbers):
 
 
 def measure(layers, n_trigrams, seed, n_sequences, **options):
-    """What a model does with each trigram, on sequences that complete just one: `accuracy` [n],
-    where its B is not last; `holders` [n], the smallest sets of heads that hold it, on 1,000
-    sequences at most; `shares` [n, H], the mean share of each head's output in the sum of their
-    norms. The heads are those of all layers together."""
+    """What a model does with each of n trigrams, on sequences that complete just one: `accuracy`,
+    where its B is not last; `holders`, the smallest sets of heads, of all layers, that hold it, on
+    1,000 sequences at most; `shares` [n, H], each head's mean share in the sum of all norms."""
     tokens, completes = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
     completes &= completes.sum(axis=1, keepdims=True) == 1
     accuracy, held, shares = [], [], []
@@ -401,8 +396,8 @@ def run_setting(key, seed, steps, note, variants, theirs=False):
     size, rows = 1 / (1 + len(variants)), []  # of a part of the job
     for redraws in itertools.count():
         left = size / 2**redraws  # each draw takes half of it
-        told = partial(note, "redrawing the toy" if redraws else "toy", size - left, left / 2)
-        make = partial(train_toy, n_heads, n, seeds(2, redraws), recipe, note=told)
+        say = partial(note, "redrawing the toy" if redraws else "toy", size - left, left / 2)
+        make = partial(train_toy, n_heads, n, seeds(2, redraws), recipe, note=say)
         toy = published(key, "toy") if theirs else make()[0]
         before = judge([toy])
         good = min(before["accuracy"]) > 0.998 and not all(singles(before["holders"]))
@@ -412,8 +407,8 @@ def run_setting(key, seed, steps, note, variants, theirs=False):
         if changes is None:
             gated, options = published(key, "gated"), {"value_scale": None}
         else:
-            told, recipe = partial(note, "search", number * size, size), RECIPE | changes | steps
-            gated, options, _ = take_apart(toy, tokens, seed=seeds(3, 0), recipe=recipe, note=told)
+            say, recipe = partial(note, "search", number * size, size), RECIPE | changes | steps
+            gated, options, _ = take_apart(toy, tokens, seed=seeds(3, 0), recipe=recipe, note=say)
         after = judge([gated], **options)
         fvu, penalty = unexplained(toy, gated, n, seeds(4), n_sequences // 2, **options)
         row = {"key": key, "variant": variant, "seed": seed, "redraws": redraws}
@@ -479,8 +474,8 @@ def run_limit(key, seed, steps, note):
             return {"unexplained": fvu, "loss": fvu + alpha * penalty}
 
         recipe = {**RECIPE, "steps": 1200, "rate": 0.02, **steps}
-        told = partial(note, variant, number / len(variants), 1 / len(variants))
-        params, _ = fit(objective, start, recipe, between=between, note=told)
+        say = partial(note, variant, number / len(variants), 1 / len(variants))
+        params, _ = fit(objective, start, recipe, between=between, note=say)
         rows.append({"variant": variant, "kinds": judge(params), **objective(params, 2000)})
     return [{"key": key, "seed": seed, **row} for row in rows]
 
@@ -501,17 +496,16 @@ def across_layers(seed, steps):
             return ["across"]
         return ["apart" if is_apart(accuracy, holders) else "within one"]
 
-    kinds = []
+    kinds, rng = [], np.random.default_rng([seed, 3])
     while kinds[-1:] != ["across"] and not (kinds and steps):
         toy = train_toy(1, 3, seed_of(seed, 5, len(kinds)), {**TOY, **steps}, n_layers=2)
         kinds += kinds_of(toy)
     written = [block["attn_out"] for block in gatedref.transformer(toy, pool)["blocks"]]
     variance, scale = sum(written).var(axis=(0, 1)).mean(), 2 * np.abs(written).max()
-    rng = np.random.default_rng([seed, 3])
 
     def loss(layers, size, as_one):
-        tokens, how = pool[rng.integers(len(pool), size=size)], {"activation": reopening}
-        ours = gatedref.transformer(layers, tokens, value_scale=scale, **how)["blocks"]
+        tokens, gated = pool[rng.integers(len(pool), size=size)], {"value_scale": scale}
+        ours = gatedref.transformer(layers, tokens, activation=reopening, **gated)["blocks"]
         theirs = gatedref.transformer(toy, tokens)["blocks"]
         errors = [a["attn_out"] - b["attn_out"] for a, b in zip(ours, theirs)]
         gates = [block["gate"] for block in ours]
@@ -685,8 +679,7 @@ def rates(group):
 
 
 def table_rates(rows):
-    groups = grouped(rows, "key", "variant")
-    cells = [(*which, *rates(group)) for which, group in groups.items()]
+    cells = [(*which, *rates(group)) for which, group in grouped(rows, "key", "variant").items()]
     return table(("setting", "variant", *RATES), cells)
 
 
@@ -891,9 +884,6 @@ def main(argv=None):
     arguments = parse(argv)
     if arguments.quick:
         print("A smoke run: a few steps each, so that nothing is learnt. No number means anything.")
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc shall keep its memory,
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: which saves a quarter of the
-            ctypes.CDLL(None).mallopt(option, 2**30)  # time
     try:
         for name in arguments.experiments:
             if rows := EXPERIMENTS[name](arguments):
