@@ -471,7 +471,6 @@ def test_a_head_escapes_the_published_penalty_through_its_value_bias_and_value_s
     assert after["mse"] > 2.5 * before["mse"]
 
 
-
 # ---- What is refused, and what is taken --------------------------------------------------------
 
 BLOCK, X = randoms(GATED), randoms("BTD", 1)
@@ -526,6 +525,7 @@ REFUSED = [  # how the message begins, and the call
     *((r"threshold must be in \[0, 1\)", of("holders", ONES, [0, 1], w))
       for w in (1, 1.5, -0.1, NAN, True, "0.9", None, [0.9])),
     ("answers has 3 along S, where result has 2", of("holders", ONES, [0, 1, 2])),
+    *((r"answers must be in \[0, 4\)", of("holders", ONES, [0, w])) for w in (4, -1)),
     *((f"{name} must be 1 or more,", of_sizes(**{name: w}))
       for name in SIZES_OF for w in (0, -1, 2.0, True, "3", [2], NAN, 1j)),
     *(("seed must be 0 or more,", of_sizes(seed=w)) for w in (-1, 0.0, True, "0", None)),

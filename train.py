@@ -780,7 +780,7 @@ def draw_price(results, out):
             ax.axvline(f"{RECIPE['alpha']:g}", color="0.6", ls=":", label="default")
             ax.set(xlabel="alpha", ylabel=name, ylim=(0, 1.02))
         axes[0][0].set(ylabel="apart (part of the runs)")
-        axes[0][2].set(ylabel="unexplained (median)", yscale="log", ylim=(1e-3, 1))
+        axes[0][2].set(ylabel="unexplained (median)", yscale="log", ylim=(1e-4, 1))
 
 
 def draw_limit(results, out, name):
@@ -791,7 +791,7 @@ def draw_limit(results, out, name):
         for kind, n, colour in zip(kinds, np.transpose(counts), OF_KIND):
             ax.barh(variants, n, left=left, color=colour, label=kind)
             left += n
-        ax.invert_yaxis()
+        ax.set(xlabel="how many", ylim=(len(variants) - 0.5, -0.5))
 
 
 # ---- The command ---------------------------------------------------------------------------------
