@@ -963,9 +963,9 @@ def test_a_toy_learns_on_the_cross_entropy_of_the_next_token_the_last_position_l
 
 def test_scores_may_be_of_any_size_yet_not_more_than_700_apart():
     block = TOY | {n: 0 * TOY[n] for n in ("W_Q", "b_K")} | {"b_Q": np.ones((2, 1))}
-    for lowest, highest in ((0, 690), (2000, 2690), (-2000, -2690), (0, 800)):
+    for lowest, highest in ((0, 690), (2000, 2690), (-2000, -2690), (800, 0)):
         block["W_K"] = 0 * TOY["W_K"] + np.linspace(lowest, highest, V)[:, None]
-        if highest != 800:
+        if lowest != 800:  # where BOS, which each row sees, is 800 below the others
             plain = gatedref.attention(block, ONE_HOT)["attn_out"].reshape(-1, V)
             found = train.table_attention(block, EVERY_ROW[0])[0][REAL]
             assert_close(found, plain[BY_TOKEN], 11)
@@ -1120,6 +1120,7 @@ def test_what_cannot_be_taken_apart_is_refused():
         (ValueError, r"tokens must be in \[0, 8\)", {"tokens": TOKENS + 1}),
         (ValueError, "negative", {"seed": -1}),
         (ValueError, "recipe must have the keys", {"recipe": {**SHORT, "rat": 3}}),
+        (ValueError, "alpha must be >= 0", {"recipe": {**SHORT, "alpha": -1}}),
         (FloatingPointError, "more than 700 apart", {"block": {**TOY, **FAR}}),
         (FloatingPointError, "became nan at step 1$", {"recipe": {**SHORT, "rate": 1e300}}),
     ]:
@@ -1174,8 +1175,7 @@ def test_a_run_judges_the_authors_block_as_they_did():
     assert [row["fvu"], row["penalty"]] == pytest.approx([0.328, 0.0155], rel=0.03)
     assert row["share"] == pytest.approx(np.mean([max(heads) for heads in row["shares_gated"]]))
     assert other["blocks"]["gated/W_Q"].shape == (6, 8, 2) and other["variant"] == "short"
-    assert {phase for phase, _ in seen} == {"search"}
-    assert [min(seen)[1], max(seen)[1]] == pytest.approx([2 / 3, 0.95 / 3 + 2 / 3])
+    assert (seen[0], max(seen)[1]) == (("search", 2 / 3), pytest.approx(0.95 / 3 + 2 / 3))
 
 
 def test_a_toy_is_drawn_again_until_it_is_right_and_a_trigram_is_distributed(monkeypatch):
@@ -1186,8 +1186,7 @@ def test_a_toy_is_drawn_again_until_it_is_right_and_a_trigram_is_distributed(mon
     monkeypatch.setattr(train, "train_toy", lambda *_, note, **__: [note(0.5) or TOY])
     note = lambda phase, start, size, done: told.append((phase, start + size * done))
     assert train.run_setting("2H3T", 0, {}, note, {}) == [] and not found
-    again = "redrawing the toy"
-    assert told == [("toy", 0.25), (again, 0.625), (again, 0.8125)]  # goes on, at each draw
+    assert told == [("toy", 0.25), *(("redrawing the toy", done) for done in (0.625, 0.8125))]
 
 
 # ---- What the method cannot do -----------------------------------------------------------------
@@ -1209,14 +1208,12 @@ SINGLE = copying_block(([0, 1], 0), ([1, 2], 1), ([2, 0], 2))
 
 
 def test_three_heads_that_overlap_cost_what_six_that_do_not_cost():
-    """Each of the queries 0, 1 and 2 copies two of the three numbers of the key 3: a proof that the
-    penalty prefers neither heads that serve two queries each nor heads that serve one."""
+    """A proof that the penalty prefers neither heads that serve two queries nor heads of one."""
     x, target = train.sample_copies(50, np.random.default_rng(0))
     narrow, disjoint, wide = (gatedref.loss(b, x, target, 0.1) for b in (OVERLAP, DISJOINT, SINGLE))
     assert max(each["mse"] for each in (narrow, disjoint, wide)) < 1e-30
     assert narrow == pytest.approx(disjoint, rel=0, abs=1e-15)
-    assert narrow["penalty"] == pytest.approx(3 / 16 * 2 ** (1 / 0.6))
-    assert wide["penalty"] == pytest.approx(3 / 16)
+    assert narrow["penalty"] / 2 ** (1 / 0.6) == pytest.approx(3 / 16) == wide["penalty"]
 
 
 def test_how_heads_share_tasks_is_read_off_their_gates():
@@ -1228,13 +1225,10 @@ def test_how_heads_share_tasks_is_read_off_their_gates():
         fvu, penalty = loss(SINGLE, 2000)
         assert fvu < 1e-28 and penalty == pytest.approx(3 / 16) and alpha == 0.1
         assert not any(start[name].any() for name in ("W_Q", "W_K", "b_Q", "b_K"))
-    numbers = {**SINGLE, "W_gate_Q": SINGLE["W_gate_Q"] + (np.arange(7) > 3)[:, None]}
-    assert loss(numbers, 2000)[0] < 1e-28  # the gate does not see them
 
 
 def test_a_wide_head_takes_over_what_two_wrote_together():
-    _, variants, _ = train.overlapping(0, {})
-    _, start, _, take_over = variants["width 2, takeovers"]
+    _, start, _, take_over = train.overlapping(0, {})[1]["width 2, takeovers"]
     block = {name: 0 * array for name, array in start.items()}
     for head, number in ((0, 4), (1, 5)):  # which share all tasks; the others are closed
         block["W_V"][head, number, 0] = block["W_O"][head, 0, number] = 1
@@ -1253,7 +1247,7 @@ def test_layers_are_charged_by_themselves_or_as_one_block(monkeypatch):
     found += [(right, [a, [(0, 4), (1, 2)]], 6), (right, [[(0, 3), (4, 1)]], 6)]
     measured = iter([{"accuracy": r, "holders": h, "shares": [[1] * n]} for r, h, n in found])
     monkeypatch.setattr(train, "measure", lambda *_, **__: next(measured))
-    monkeypatch.setattr(train, "train_toy", lambda *_, **__: [TOY, TOY])
+    monkeypatch.setattr(train, "train_toy", lambda *_, n_layers: n_layers * [TOY])
     monkeypatch.setattr(gatedref, "sample_skip_trigrams", lambda *_, **__: (TOKENS[:1], None))
     kinds, variants, judge = train.across_layers(0, {})  # drawn again until it is across
     assert kinds == ["wrong", "within one", "apart", "apart", "across"]
@@ -1280,7 +1274,6 @@ def test_two_signals_of_four_stand_among_noise():
     signals = np.sort(np.where(tokens < 5, tokens, 0), axis=1)[:, -2:]
     np.testing.assert_array_equal(signals, train.PAIRS[answers])
     assert (np.bincount(answers, minlength=10) > 400).all() and (x.sum(axis=2) == 1).all()
-    assert (abs((tokens[:, :5] < 5).mean(axis=0) - 0.4) < 0.03).all()  # any place alike
 
 
 def test_sources_are_charged_for_pairs_or_for_what_a_head_does_for_a_query(monkeypatch):

@@ -45,7 +45,7 @@ def tabulate(tokens, n_tokens):
     mean over."""
     counts = np.cumsum(np.eye(n_tokens)[tokens], axis=1)  # [S, T, V]
     n_rows = np.bincount(tokens.ravel(), minlength=n_tokens)
-    rows = np.repeat(np.eye(n_tokens)[:, None], n_rows.max(), axis=1)
+    rows = np.ones((n_tokens, n_rows.max(), n_tokens))
     for token, n in enumerate(n_rows):
         rows[token, :n] = counts[tokens == token]
     whole = counts[:, -1]  # [S, V]; the gate has no mask, so keys after the query count, too
@@ -118,8 +118,8 @@ RECIPE = {
     "steps": 1600,
     "batch": 40,  # rows of each query token
     "rate": 0.01,
-    "legs": (1.0, 1.0, 1.0, 0.3, 0.1),  # equal parts of the steps: each starts Adam anew, its rate
-    "takeovers": True,  # times this; between them, little used heads take over shared pairs
+    "legs": (1.0, 1.0, 1.0, 0.3, 0.1),  # times the rate: equal parts of the steps, each Adam's own
+    "takeovers": True,  # between legs, little used heads take over shared pairs
 }
 TOY = {"steps": 1500, "batch": 40, "rate": 0.05, "legs": (1.0, 1.0, 1.0, 0.3, 0.1)}
 QUICK = {"steps": 40}
@@ -177,7 +177,7 @@ def take_over(params, survey, pairs, p, gain, write=write_vector):
     """Little used heads take over the (query, key) pairs of tokens for whose sharing most is paid.
 
     A closed gate passes no gradient to its head's values, so a spare head stays dead while others
-    share what it could do alone. So, again and again: find the pair whose sharing costs most; let
+    share what it could do alone. So, again and again: find the pair where one would save most; let
     the head whose gates cost least drop its old job and write there what all heads write there
     together, through a gate just wide enough; close the others there. Stop when that saves less
     than the head's own gates cost. Dead neurons of sparse autoencoders are resampled likewise
@@ -212,8 +212,8 @@ def take_over(params, survey, pairs, p, gain, write=write_vector):
 
 
 def close_gates(params, query, key):
-    """The least change of `W_gate_Q` that brings every gate score above 0 at a pair to 0, where it
-    still has a gradient: training may open it again."""
+    """The least change of `W_gate_Q` that brings every gate score above 0 at a pair to 0, but for
+    rounding: there `reopening` has a gradient, so training may open it again."""
     gate_q, gate_k = (params["W_gate_" + n] + params["b_gate_" + n][:, None] for n in "QK")
     score = np.maximum((gate_q[:, query] * gate_k[:, key]).sum(axis=1), 0)
     square = np.maximum((gate_k[:, key] ** 2).sum(axis=1), 1e-12)
@@ -257,7 +257,7 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
     variance = (weight[..., None] * deviation**2).sum() / n_tokens
     if variance <= 1e-20 * (target**2).mean():
         raise ValueError("block must put out something that depends on its tokens, got a constant")
-    scale = recipe["value_scale"] and recipe["value_scale"] * float(abs(target).max())
+    scale = recipe["value_scale"] and recipe["value_scale"] * abs(target[weight[:, 0] > 0]).max()
     options = {"value_scale": scale}
     how = {**options, "p": recipe["p"], "activation": reopening if recipe["reopen"] else "clamp"}
 
@@ -276,7 +276,7 @@ def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
 
     sizes = recipe["heads"] * n_heads, n_tokens, recipe["d_head"]
     start = gatedref.init_params(*sizes, seed, recipe["d_gate"])
-    gatedref.gated_attention(start, np.eye(n_tokens)[None], **options)  # checks the options
+    gatedref.loss(start, *[np.eye(n_tokens)[None]] * 2, recipe["alpha"], p=recipe["p"], **options)
     gain = recipe["d_head"] * (scale or 1)
     takes = partial(take_over, survey=survey, pairs=rows["pairs"], p=recipe["p"], gain=gain)
     params, curves = fit(objective, start, recipe, between=recipe["takeovers"] and takes, note=note)
@@ -617,10 +617,9 @@ def different_sources(seed, steps):
 
     def kinds_of(block):
         result, kinds = block["result"][:, -1, :, 12:], []  # [S, H, 10]
-        right = result.sum(axis=1).argmax(axis=1) == answers
         for mine in (answers == pair for pair in range(10)):
             sets = gatedref.holders(result[mine], answers[mine])
-            n_heads = min(3, len(sets[0])) if sets and right[mine].mean() > 0.99 else 0
+            n_heads = min(3, len(sets[0])) if sets else 0
             kinds.append(("wrong", "one head", "two", "three or more")[n_heads])
         return kinds
 
@@ -841,7 +840,7 @@ def tell(out, name):
     results = load(out)
     print("\n".join([f"{name}:", *TABLES.get(name, table_rates)(results[name]), ""]))
     PICTURES.get(name, lambda *_: None)(results, out)
-    for page in (FIGURES / "README.md", FIGURES.parent / "README.md") if out == FIGURES else ():
+    for page in [*out.glob("README.md"), *out.parent.glob("README.md")] if out == FIGURES else []:
         text = rewritten(page.read_text(), results).encode()
         write(page, lambda file, text=text: file.write(text))
 
@@ -868,8 +867,8 @@ def parse(argv):
     asked = arguments.experiments or ["main"]
     for name in [name for name in asked if name not in names]:
         parser.error(f"unknown experiment {name!r}, choose from {', '.join(names)}")
-    if arguments.seed < 0 or arguments.seed and asked == ["benchmark"]:
-        parser.error("--seed must be >= 0, and goes with what is trained")
+    if arguments.seed < 0 or arguments.seed and (asked == ["benchmark"] or not arguments.out):
+        parser.error("--seed must be >= 0, goes with what is trained, and needs an --out")
     arguments.experiments = [n for name in asked for n in (LIMITS if name == "limits" else [name])]
     arguments.out = (arguments.out or FIGURES / ("quick" if arguments.quick else "")).resolve()
     try:
