@@ -362,8 +362,8 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     7.6e-6 in float32. All gradients share one max; those of `W_V` and `W_O` are multiplied by the
     norms that these are divided by, or a zero column's, of 1e12, would hide the others. got: a dict
     of any names of `expected` and `grads`, float32 or float64 of NumPy, PyTorch or JAX; masked
-    `attn_scores` may be anything. strict: True to compare in `gate_edges` the gradients through
-    gates of exactly 0 or 1, too: those of x and the gate, where libraries differ."""
+    `attn_scores` may be anything; else what is not finite is a ValueError. strict: True to compare
+    in `gate_edges` the gradients of x and the gate, too: at gates of 0 and 1 libraries differ."""
     if not isinstance(case, Case) or not isinstance(strict, (bool, np.bool_)):
         raise TypeError(f"case must be a Case, strict a bool, got {type(case)} and {strict!r}")
     _array("rtol", rtol or 0, wanted="None or in [0, 1)", valid=lambda r: (r >= 0) & (r < 1))

@@ -535,8 +535,8 @@ def sample_copies(size, rng):
 
 
 def overlapping(seed, _):
-    """Copies that overlap: do heads serve several tasks? Six heads copy two numbers for each query:
-    of width 1, so that it takes two, or of width 2, where one could do it."""
+    """Copies that overlap: whether heads serve several tasks. Six heads copy two numbers for each
+    query: of width 1, so that it takes two, or of width 2, where one could do it."""
     rng, pairs, tokens = np.random.default_rng([seed, 4]), np.zeros((7, 7)), np.eye(7)[None]
     variance, pairs[:3, 3] = sample_copies(5000, rng)[1].var(axis=(0, 1)).mean(), 1
 
