@@ -805,7 +805,7 @@ EXPERIMENTS = {
     "price": partial(run_each, run_setting, ["4H5T"], 20, RATED, variants=PRICE),
     "ablations": partial(run_each, run_setting, ["3H4T", "4H5T"], 20, RATED, variants=ABLATIONS),
     **{name: partial(run_each, run_limit, [name], n, None) for name, (_, n, _) in LIMITS.items()},
-    "benchmark": lambda asked: import_module("test_gatedref").benchmark(asked.quick),
+    "benchmark": lambda asked: import_module("test_gatedref").benchmark(asked.quick, asked.seed),
 }
 
 
@@ -860,15 +860,15 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
     names, add = [*EXPERIMENTS, "limits"], parser.add_argument
     add("experiments", nargs="*", help=f"which to run, of {', '.join(names)} (default: main)")
-    add("--seed", type=int, default=0, help="the first seed (default: 0)")
+    add("--seed", type=int, default=0, help="the first seed (default: 0); another needs --out")
     add("--out", type=Path, help="where to write (default: figures, or figures/quick)")
     add("--quick", action="store_true", help="a smoke run of seconds; its numbers mean nothing")
     arguments = parser.parse_args(argv)
     asked = arguments.experiments or ["main"]
     for name in [name for name in asked if name not in names]:
         parser.error(f"unknown experiment {name!r}, choose from {', '.join(names)}")
-    if arguments.seed < 0 or arguments.seed and (asked == ["benchmark"] or not arguments.out):
-        parser.error("--seed must be >= 0, goes with what is trained, and needs an --out")
+    if arguments.seed < 0 or arguments.seed and not arguments.out:
+        parser.error("--seed must be >= 0, and but for 0 needs --out, to keep figures/ as it is")
     arguments.experiments = [n for name in asked for n in (LIMITS if name == "limits" else [name])]
     arguments.out = (arguments.out or FIGURES / ("quick" if arguments.quick else "")).resolve()
     try:
