@@ -802,7 +802,7 @@ EXPERIMENTS = {
     "main": run_main,
     "published": partial(run_each, run_setting, SETTINGS, 5, JUDGED, variants=BOTH, theirs=True),
     "sweep": partial(run_each, run_setting, SIZES, 20, JUDGED, variants={OURS: {}}),
-    "price": partial(run_each, run_setting, ["4H5T"], 20, RATED, variants=PRICE),
+    "price": partial(run_each, run_setting, SETTINGS, 20, RATED, variants=PRICE),
     "ablations": partial(run_each, run_setting, ["3H4T", "4H5T"], 20, RATED, variants=ABLATIONS),
     **{name: partial(run_each, run_limit, [name], n, None) for name, (_, n, _) in LIMITS.items()},
     "benchmark": lambda asked: import_module("test_gatedref").benchmark(asked.quick, asked.seed),
