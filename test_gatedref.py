@@ -1103,9 +1103,10 @@ def test_it_learns_on_the_loss_over_the_variance_of_the_target(value_scale, monk
 
 
 def test_a_seed_makes_the_same_block_again_and_the_options_run_it():
-    block = {name: array.astype(np.float32) for name, array in TOY.items()}
-    runs = {"seed": 0}, {}, {"seed": 1}, {"recipe": {**SHORT, "reopen": False}}
-    made = [train.take_apart(block, TOKENS, **{"recipe": SHORT, **run})[0] for run in runs]
+    toy = {name: array.astype(np.float32) for name, array in TOY.items()}
+    odd = {**toy, "W_V": toy["W_V"] + 1e4 * (np.arange(V) == 5)[:, None]}  # it never occurs
+    runs = {"seed": 0}, {"block": odd}, {"seed": 1}, {"recipe": {**SHORT, "reopen": False}}
+    made = [train.take_apart(tokens=TOKENS, **{"block": toy, "recipe": SHORT} | r)[0] for r in runs]
     for name in GATED:
         assert (made[0][name] == made[1][name]).all() and made[0][name].dtype == float
         assert all((made[0][name] != other[name]).any() for other in made[2:])
