@@ -1131,8 +1131,8 @@ def test_what_cannot_be_taken_apart_is_refused():
 
 
 def test_a_toy_learns_its_trigrams_and_two_handmade_heads_come_apart():
-    toy = train.train_toy(2, 2, 0, {**train.TOY, "steps": 400})
-    assert min(train.measure(toy, 2, 3, 1000)["accuracy"]) > 0.99
+    (toy,) = train.train_toy(2, 2, 0, {**train.TOY, "steps": 400})
+    assert min(train.measure([toy], 2, 3, 1000)["accuracy"]) > 0.99
     block, (tokens, _) = gatedref.handmade_superposition(3), gatedref.sample_skip_trigrams(3, 1000)
     recipe = {**train.RECIPE, "steps": 350, "batch": 15, "rate": 0.03, "alpha": 1.0}
     params, options, _ = train.take_apart(block, tokens, seed=3, recipe=recipe)
