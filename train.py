@@ -441,12 +441,13 @@ def run_each(run, keys, n_seeds, names, asked, **more):
                 print(f"\r\033[K{line[:79]}", end="\r", file=sys.stderr, flush=True)
 
         try:
-            rows += run(key, seed, steps, note, **more)
+            made = run(key, seed, steps, note, **more)
         except FloatingPointError as wrong:
             raise FloatingPointError(f"{key}, seed {seed}: {wrong}") from None
+        rows += [{name: row[name] for name in names or row} for row in made]
     if sys.stderr.isatty():
         print("\033[K", end="", file=sys.stderr, flush=True)
-    return [{name: row[name] for name in names or row} for row in rows]
+    return rows
 
 
 def run_main(asked):
