@@ -419,7 +419,6 @@ def test_holders_of_24_heads_are_found_in_well_under_a_second():
 
 # ---- The authors' models, which nobody here trained: figures/published.npz ---------------------
 
-PUBLISHED = np.load(Path(__file__).parent / "figures" / "published.npz")
 HELD = {  # of trigram 1, 2, ...: the head that holds it, None where it is distributed
     "2H3T/toy": [1, None, 0],
     "3H4T/toy": [None, 0, None, 2],
@@ -434,8 +433,7 @@ UNEXPLAINED = {"2H3T/gated": 0.32, "3H4T/gated": 0.052, "4H5T/gated": 0.064}
 
 
 def published(model, tokens):
-    params = {name[len(model) + 1 :]: a for name, a in PUBLISHED.items() if name.startswith(model)}
-    return gatedref.transformer([params], tokens)["blocks"][0]
+    return gatedref.transformer([train.published(*model.split("/"))], tokens)["blocks"][0]
 
 
 @pytest.mark.parametrize("model", HELD)
@@ -457,8 +455,7 @@ def test_the_authors_models_hold_and_leave_unexplained_what_they_did(model):
 
 
 def test_a_head_escapes_the_published_penalty_through_its_value_bias_and_value_scale_holds_it():
-    names = [name for name in PUBLISHED if name.startswith("2H3T/gated/")]
-    params = {name.split("/")[2]: PUBLISHED[name].astype(float) for name in names}
+    params = train.published("2H3T", "gated")
     smaller = {name: params[name] / (1000 if "gate_Q" in name else 1) for name in params}
     smaller["b_V"] = 1000 * params["b_V"]
     x = np.eye(8)[gatedref.sample_skip_trigrams(3, 1000)[0]]
@@ -874,12 +871,18 @@ def test_the_command_writes_the_cases_and_says_which_results_match(tmp_path):
 
 # ---- train.py ------------------------------------------------------------------------------------
 
+
+def every_row(rows):  # a batch that has each real row of a table once
+    real = np.arange(rows["n_rows"].max()) < rows["n_rows"][:, None]
+    return rows["counts"], real / rows["n_rows"].sum()
+
+
 V = 8  # tokens, of three trigrams
 TOKENS = gatedref.sample_skip_trigrams(3, 40)[0]
 TOKENS[TOKENS == 5] = 4  # there is no token 5
 ROWS, ONE_HOT = train.tabulate(TOKENS, V), np.eye(V)[TOKENS]
-REAL = np.arange(ROWS["n_rows"].max()) < ROWS["n_rows"][:, None]
-EVERY_ROW = ROWS["counts"], REAL / TOKENS.size  # a batch of each row once
+EVERY_ROW = every_row(ROWS)
+REAL = EVERY_ROW[1] > 0
 TOY = {name: 3 * array for name, array in gatedref.init_params(2, V, 1, 1).items()}
 # Gates closed, between and open, and a zero column of W_V.
 GATED_8 = {n: a + 0.5 * ("b_gate" in n) for n, a in randoms(GATED, 0, 0.8, D=V, G=2).items()}
@@ -896,20 +899,17 @@ BY_TOKEN = TOKENS.argsort(axis=None, kind="stable")  # positions in the order of
 def benchmark(quick, seed):
     """Prints, for `train.py benchmark`, the milliseconds of a loss and gradient of a block on 1,000
     sequences: plain form, table form, and PyTorch where there is one, in turn, medians."""
-    tokens, _ = gatedref.sample_skip_trigrams(5, 1000)
+    (tokens, _), repeats = gatedref.sample_skip_trigrams(5, 1000), range(2 if quick else 30)
     params = gatedref.init_params(12, 12, 4, seed, d_gate=2)
     x, rows = np.eye(12)[tokens], train.tabulate(tokens, 12)
-    real = np.arange(rows["n_rows"].max()) < rows["n_rows"][:, None]
-    given = (rows["counts"], real / tokens.size), 0 * rows["counts"], rows["pairs"], 0.1
-    slope = grad(lambda params: train.gated_loss(params, *given)["loss"])
+    given = every_row(rows), 0 * rows["counts"], rows["pairs"], 0.1
     forms = {"plain form": lambda: gatedref.loss_and_grad(params, x, 0 * x, 0.1)}
-    forms["table form"] = lambda: slope(params)
+    forms["table form"] = partial(grad(lambda p: train.gated_loss(p, *given)["loss"]), params)
     with contextlib.suppress(ImportError):
         import torch
 
         case = gatedref.Case("", params, x, 0 * x, 0.1, None, None)
         forms["PyTorch"] = lambda: torch_block(torch, case, torch.float64)
-    repeats = range(2 if quick else 30)
     times = [[timeit.timeit(form, number=1) for form in forms.values()] for _ in repeats]
     print("\n".join(train.table(forms, [[f"{1000 * t:.3g} ms" for t in np.median(times, axis=0)]])))
 
