@@ -1,899 +1,779 @@
 """train: superposition appears in a toy model, and a gated block takes it apart.
 
-    python train.py                 the three published settings (a minute; --help tells more)
-    python train.py sweep price     how often it works, and what separation costs (long)
+    python train.py            the three published settings, about a minute; see --help
 
-The toy is one attention block with fewer heads than there are skip trigrams, trained on next-token
-cross-entropy. The gated block then learns to put out what the toy's block does, under the L0.6
-penalty. The maths of the method is in `gatedref.py`; here are a faster form of it for one-hot
-tokens, training, what a model does, experiments, limits, tables, pictures, the command.
+The toy is one attention block with fewer heads than it has skip trigrams to learn. A
+gated block with more heads then learns to write what the toy's block writes, and a
+penalty on its gates (L0.6) makes each trigram the work of one head.
+
+The file is meant to be read from top to bottom: the recipe; the optimiser; the
+takeover; `take_apart`, which puts them together; the toy; what a model does; the main
+job. The maths of the method is in `gatedref.py`, and is what is differentiated here.
 """
 
 import argparse
-import contextlib
 import itertools
-import json
 import os
-import re
 import sys
 import time
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 
-# These arrays are too small for threads to pay.
-os.environ.update({f"{blas}_NUM_THREADS": "1" for blas in ("OPENBLAS", "OMP", "MKL")})
+if __name__ == "__main__":
+    # The command, and it alone, keeps BLAS to one thread: more do not pay for arrays so
+    # small. It has to say so before NumPy is loaded.
+    for library in ("OPENBLAS", "OMP", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import autograd.numpy as np
 from autograd import grad_and_aux
 from autograd.extend import defvjp, primitive
+from autograd.misc import flatten
 from autograd.misc.optimizers import adam
 from autograd.tracer import getval
 
 import gatedref
 
-# ---- The table form ------------------------------------------------------------------------------
-# Without positions, a one-hot token sees its context through its token counts alone: what a block
-# puts out is a function of the query token and of how often each token stands at or before it, and
-# a gate is a function of two tokens. Axes as in gatedref, and R rows.
-
-
-def tabulate(tokens, n_tokens):
-    """Each position of each sequence as a row, kept by its query token: `counts` [V, R, V], how
-    often each token stands at or before it; `n_rows` [V], how many of the R are real. And `pairs`
-    [V, V]: how often a query and a key are these two tokens, of all pairs that the penalty is a
-    mean over."""
-    counts = np.cumsum(np.eye(n_tokens)[tokens], axis=1)  # [S, T, V]
-    n_rows = np.bincount(tokens.ravel(), minlength=n_tokens)
-    rows = np.ones((n_tokens, n_rows.max(), n_tokens))
-    for token, n in enumerate(n_rows):
-        rows[token, :n] = counts[tokens == token]
-    whole = counts[:, -1]  # [S, V]; the gate has no mask, so keys after the query count, too
-    pairs = whole.T @ whole / (tokens.size * tokens.shape[1])
-    return {"counts": rows, "n_rows": n_rows, "pairs": pairs}
-
-
-def draw(rows, size, rng):
-    """A batch of `size` rows for each query token: their counts [V, size, V], and the weight
-    [V, size] by which a mean over it is one over the sequences."""
-    n_rows = rows["n_rows"][:, None]
-    drawn = rng.integers(np.maximum(n_rows, 1), size=(len(n_rows), size))
-    weight = np.broadcast_to(n_rows / n_rows.sum() / size, drawn.shape)
-    return rows["counts"][np.arange(len(n_rows))[:, None], drawn], weight
-
-
-def tables(params, *, activation="clamp", value_scale=None):
-    """What a block makes of each pair of tokens: the weights [V, V, H] of its softmax before they
-    are normalised and the gate [H, V, V] (None without one); each key's value [V, H, K]; W_O."""
-    gate = None
-    if "W_gate_Q" in params:
-        gate_q, gate_k = (params["W_gate_" + n] + params["b_gate_" + n][:, None] for n in "QK")
-        activate = activation if callable(activation) else gatedref.ACTIVATIONS[activation]
-        gate = activate(gate_q @ np.swapaxes(gate_k, 1, 2))
-        params = {**params, **gatedref.normalised(params, value_scale)}
-    q, k, v = (params["W_" + n] + params["b_" + n][:, None] for n in "QKV")  # [H, V, K]
-    scores = np.transpose(q @ np.swapaxes(k, 1, 2), (1, 2, 0)) / q.shape[2] ** 0.5
-    weights = np.exp(scores - getval(scores).max(axis=1, keepdims=True))
-    return weights, gate, np.swapaxes(v, 0, 1), params["W_O"]
-
-
-def table_attention(params, counts, **options):
-    """`attn_out` [V, R, D] of the rows, by `attention` or `gated_attention` with these options, and
-    the gate [H, V, V]. FloatingPointError: a row whose keys all have weights too small to hold."""
-    weights, gate, v, W_O = tables(params, **options)
-    n_tokens, n_heads, d_head = v.shape
-    total = counts @ weights  # [V, R, H]
-    if (getval(total) == 0).any():
-        raise FloatingPointError("one query's attention scores are more than 700 apart")
-    gated = weights if gate is None else weights * np.transpose(gate, (1, 2, 0))
-    values = np.reshape(gated[..., None] * v, (n_tokens, n_tokens, -1))  # [V, V, H K]
-    z = np.reshape(counts @ values, (*total.shape, d_head)) / total[..., None]  # [V, R, H, K]
-    z = np.reshape(z, (n_tokens, -1, n_heads * d_head))
-    return z @ np.reshape(W_O, (n_heads * d_head, -1)), gate
-
-
-def gated_loss(params, batch, target, pairs, alpha, *, p=0.6, **options):
-    """`gatedref.loss` on rows. c times the gates have c times the norm, so the gates of a pair are
-    charged for as often as it occurs when they are multiplied by that."""
-    counts, weight = batch
-    attn_out, gate = table_attention(params, counts, **options)
-    error = attn_out - target
-    mse = (weight[..., None] * error * error).sum() / target.shape[-1]
-    penalty = gatedref.lp_penalty((gate * (pairs * pairs.size))[None], p)
-    return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}
-
-
-# ---- Training, by autograd and its Adam ----------------------------------------------------------
-# alpha is in units of the target's variance, so that one recipe serves every toy:
-# loss / variance = unexplained + alpha * penalty.
-
-RECIPE = {
-    "heads": 3,  # gated heads, as a multiple of the block's: spare ones are what takes over
-    "d_head": 4,  # its columns may align: a gate of 1 then writes up to d_head times value_scale
-    "d_gate": 2,
-    "value_scale": 2.0,  # times the target's largest entry; None: the published, free value bias
-    "reopen": True,  # gates that are stuck get a gradient, see `reopening`
-    "p": 0.6,
-    "alpha": 2.5,  # more: heads more apart; less: a better fit. `price` shows the trade
-    "steps": 1600,
-    "batch": 40,  # rows of each query token
-    "rate": 0.01,
-    "legs": (1.0, 1.0, 1.0, 0.3, 0.1),  # times the rate: equal parts of the steps, each Adam's own
-    "takeovers": True,  # between legs, little used heads take over shared pairs
-}
-TOY = {"steps": 1500, "batch": 40, "rate": 0.05, "legs": (1.0, 1.0, 1.0, 0.3, 0.1)}
-QUICK = {"steps": 40}
+# ---- The recipe ----------------------------------------------------------------------
 
 
 @primitive
-def reopening(gate_scores):
-    """The clamp, whose derivative outside of [0, 1] is 0, so that a gate which leaves never comes
-    back. Here it is 1 outside, too, where a step downhill leads back inside."""
-    return np.clip(gate_scores, 0, 1)
+def reopening(scores):
+    """The clamp, with a gradient that leads back for gates outside of [0, 1].
 
-
-defvjp(reopening, lambda _, s: lambda d: d * ((s >= 0) | (d < 0)) * ((s <= 1) | (d > 0)))
-
-
-def fit(objective, params, recipe, *, between=None, note=None):
-    """Adam on objective(params) -> a dict of scalars, one of them `loss`. recipe: `steps`, `rate`
-    and `legs`; between these params = between(params). note(part of the steps) is called a
-    hundred times or so. Returns the parameters, and the curves: the scalars at each step."""
-    steps, curves = recipe["steps"], []
-
-    def at_step(params):
-        scalars = objective(params)
-        return scalars["loss"], {name: getval(value) for name, value in scalars.items()}
-
-    gradient_at = grad_and_aux(at_step)
-
-    def downhill(params, _):
-        gradient, scalars = gradient_at(params)
-        if not np.isfinite(scalars["loss"]):
-            raise FloatingPointError(f"the loss became {scalars['loss']} at step {len(curves)}")
-        if note and len(curves) % max(1, steps // 100) == 0:
-            note(len(curves) / steps)
-        curves.append(scalars)
-        return gradient
-
-    for number, share in enumerate(recipe["legs"], 1):
-        left = steps * number // len(recipe["legs"]) - len(curves)
-        with np.errstate(over="ignore", invalid="ignore"):  # a loss that is not finite is told
-            params = adam(downhill, params, num_iters=left, step_size=share * recipe["rate"])
-        if between and number < len(recipe["legs"]):
-            params = between(params)
-    return params, curves
-
-
-def write_vector(params, head, key, wanted):
-    """Lets a head write along a vector [D] where it attends to a token."""
-    for name in ("W_V", "b_V"):  # a trace of the old values keeps its columns from being alike
-        params[name][head] *= 0.1
-    params["W_V"][head, key] += 1
-    params["W_O"][head] = wanted / np.linalg.norm(wanted)
-
-
-def take_over(params, survey, pairs, p, gain, write=write_vector):
-    """Little used heads take over the (query, key) pairs of tokens for whose sharing most is paid.
-
-    A closed gate passes no gradient to its head's values, so a spare head stays dead while others
-    share what it could do alone. So, again and again: find the pair where one would save most; let
-    the head whose gates cost least drop its old job and write there what all heads write there
-    together, through a gate just wide enough; close the others there. Stop when that saves less
-    than the head's own gates cost. Dead neurons of sparse autoencoders are resampled likewise
-    (Bricken et al., 2023).
-
-    survey(params) -> each head's gate and mean pattern at each pair, [H, V, V], and what it writes
-    there on average, [H, V, V, D]. pairs [V, V]: how often each occurs. gain: the norm that a head
-    can write through a gate of 1. write: see `write_vector`. Returns the parameters.
+    The derivative of a clamp is 0 outside, so a gate that has left would never come
+    back. Here it is 1 there too, where a step downhill leads back inside.
     """
+    return np.clip(scores, 0, 1)
+
+
+def reopening_vjp(_, scores):
+    def backward(slope):  # a step downhill goes up where the slope is negative
+        passes_below = (scores >= 0) | (slope < 0)
+        passes_above = (scores <= 1) | (slope > 0)
+        return np.where(passes_below & passes_above, slope, 0.0)
+
+    return backward
+
+
+defvjp(reopening, reopening_vjp)
+
+# Of a gated block. alpha is in units of the target's variance, so that one recipe
+# serves every toy: loss / variance = unexplained + alpha * penalty.
+RECIPE = {
+    "heads": 4,  # times the heads of the block: spare ones can take over
+    "d_head": 4,
+    "d_gate": 2,
+    "value_scale": 2.0,  # times the target's largest entry; None: the published block
+    "activation": reopening,  # while it is trained; afterwards it is the clamp
+    "takeovers": True,  # whether spare heads take over shared pairs, see `take_over`
+    "p": 0.6,
+    "alpha": 2.5,  # more of it separates better, less of it fits better
+    "steps": 1600,
+    "batch": 40,  # sequences
+    "rate": 0.01,
+    "legs": (1.0, 1.0, 1.0, 0.3, 0.1),  # equal parts of the steps: each one's * rate
+}
+
+# The post's, in the same words. It has an alpha for each setting, not in units of the
+# variance: in these units 1.9 for 2H3T, 0.38 for 3H4T, 1.2 for 4H5T. The rate is 0.0005
+# for the first two. Its batches are drawn once, 100 of them, and used in turn.
+PUBLISHED = {
+    "heads": 2,
+    "d_head": 1,
+    "d_gate": 1,
+    "value_scale": None,
+    "activation": gatedref.clamp,
+    "takeovers": False,
+    "p": 0.6,
+    "alpha": 1.2,
+    "steps": 100_000,
+    "batch": 1000,
+    "rate": 0.001,
+    "legs": (1.0,),
+}
+
+TOY = {"steps": 1500, "batch": 40, "rate": 0.05, "legs": (1.0, 1.0, 1.0, 0.3, 0.1)}
+
+
+# ---- The optimiser: autograd's Adam --------------------------------------------------
+
+
+def fit(objective, params, recipe, *, between=None, watch=None):
+    """Adam on a loss. objective(params) -> the loss, and a dict of scalars to be kept.
+
+    recipe: `steps`, `rate` and `legs`. Each leg is an equal part of the steps with an
+    Adam of its own, whose rate is the leg's number times `rate`. Between two legs
+    params = between(params). watch(done, params) is called a hundred times or so, with
+    the part of the steps that is done. Returns the parameters, and the scalars of each
+    step.
+
+    FloatingPointError: the loss or a parameter is not finite any more.
+    """
+    flat, unflatten = flatten(params)
+    gradient_at = grad_and_aux(objective)
+    curves = []
+
+    def downhill(flat, _):
+        step = len(curves)
+        check_finite(flat, step)
+        if watch is not None and step % max(1, recipe["steps"] // 100) == 0:
+            watch(step / recipe["steps"], unflatten(flat))
+        gradient, scalars = gradient_at(unflatten(flat))
+        curves.append({name: getval(scalar) for name, scalar in scalars.items()})
+        check_finite(curves[-1]["loss"], step)
+        return flatten(gradient)[0]
+
+    for number, leg in enumerate(recipe["legs"], 1):
+        n_steps = recipe["steps"] * number // len(recipe["legs"]) - len(curves)
+        rate = leg * recipe["rate"]
+        with np.errstate(over="ignore", invalid="ignore"):  # what diverges is told
+            flat = adam(downhill, flat, num_iters=n_steps, step_size=rate)
+        check_finite(flat, len(curves))
+        if between is not None and number < len(recipe["legs"]):
+            flat, _ = flatten(between(unflatten(flat)))
+
+    if watch is not None:
+        watch(1.0, unflatten(flat))
+    return unflatten(flat), curves
+
+
+def check_finite(numbers, step):
+    if not np.isfinite(numbers).all():
+        raise FloatingPointError(f"training diverged: not finite at step {step}")
+
+
+# ---- The takeover --------------------------------------------------------------------
+#
+# A closed gate passes no gradient to its head's values. So a spare head stays idle
+# while others share what it could do alone, and has to be put to work by hand.
+
+
+def take_over(params, look, frequency, p, reach, write=None):
+    """Spare heads take over the (query, key) pairs of tokens that are dearest to share.
+
+    Again and again: find the pair where one head in place of all would save most of the
+    penalty. Let the head whose gates cost least drop its old job, and write there what
+    all heads write there together, through a gate just wide enough; close the others'
+    gates there. Stop when this would save less than that head's own gates cost. (Dead
+    neurons of sparse autoencoders are resampled in a like manner: Bricken et al.,
+    2023.)
+
+    look(params) -> `gate`, `pattern`, `written`, as `survey` has them. frequency [V,
+    V]: see `pair_frequency`. p: of the penalty. reach: the norm that a head can write
+    through a gate of 1. write: by default `write_vector`. Returns the new parameters.
+    """
+    if write is None:
+        write = write_vector
     params = {name: array.copy() for name, array in params.items()}
-    norm_of = lambda gate: (gate**p).sum(axis=0) ** (1 / p)  # [V, V]
     spare = list(range(len(params["W_Q"])))
     while spare:
-        gate, pattern, written = survey(params)
-        norm = norm_of(gate)
-        costs = [(pairs * (norm - norm_of(np.delete(gate, h, axis=0)))).sum() for h in spare]
-        together = written.sum(axis=0)  # [V, V, D]
-        leader = np.linalg.norm(written, axis=-1).argmax(axis=0)  # [V, V]
-        attention = np.take_along_axis(pattern, leader[None], axis=0)[0]
-        width = np.linalg.norm(together, axis=-1) / np.maximum(attention * gain, 1e-12)
-        saving = np.where((width > 0) & (width <= 1), pairs * (norm - width), 0)
-        query, key = np.unravel_index(saving.argmax(), saving.shape)
-        if saving[query, key] <= min(costs):
+        gate, pattern, written = look(params)
+        costs = {head: cost_of(head, gate, frequency, p) for head in spare}
+        head = min(spare, key=costs.get)
+
+        together = np.sum(written, axis=0)  # [V, V, D]
+        leader = np.argmax(np.linalg.norm(written, axis=-1), axis=0)  # it writes most
+        attention = np.take_along_axis(pattern, leader[None], axis=0)[0]  # [V, V]
+        width = np.linalg.norm(together, axis=-1) / np.maximum(attention * reach, 1e-12)
+
+        saved = frequency * (charge(gate, p) - width)  # one gate is charged its width
+        saved = np.where((width > 0) & (width <= 1), saved, 0.0)
+        query, key = np.unravel_index(np.argmax(saved), saved.shape)
+        if saved[query, key] <= costs[head]:
             break
-        head = spare.pop(int(np.argmin(costs)))
+
+        spare.remove(head)
         close_gates(params, query, key)
-        for name in ("W_Q", "W_K", "b_Q", "b_K"):
-            params[name][head] = params[name][leader[query, key]]
+        attend_like(params, head, leader[query, key])
         write(params, head, key, together[query, key])
         open_gate(params, head, query, key, width[query, key])
     return params
 
 
+def survey(gated, tokens):
+    """What the heads of a gated block do at each pair of a query token and a key token.
+
+    Over the sequences `tokens` [S, T]. Returns `gate` [H, V, V]; `pattern` [H, V, V],
+    the mean attention of a query token to all keys of one token; and `written` [H, V,
+    V, D], what a head writes there on average.
+    """
+    one_hot = np.eye(gated["W_Q"].shape[1])
+    x = one_hot[tokens]  # [S, T, V]
+    pattern = gatedref.gated_attention(gated, x)["pattern"]  # [S, H, query, key]
+    to_token = pattern @ x[:, None]  # [S, H, query, V]
+    summed = np.einsum("stq,shtk->hqk", x, to_token)
+    n_queries = np.sum(x, axis=(0, 1))
+    mean_pattern = summed / np.maximum(n_queries, 1)[:, None]
+
+    all_pairs = gatedref.gated_attention(gated, one_hot[None])  # each token once
+    gate = all_pairs["gate"][0]
+    v = np.swapaxes(all_pairs["v"][0], 0, 1)  # [H, V, K]
+    value = v @ gatedref.normalised(gated)["W_O"]  # [H, key, D]
+    written = (gate * mean_pattern)[..., None] * value[:, None]
+    return gate, mean_pattern, written
+
+
+def pair_frequency(tokens, V):
+    """How often a query and a key are these two tokens, of all pairs: [V, V]."""
+    counts = np.sum(np.eye(V)[tokens], axis=1)  # [S, V]
+    return counts.T @ counts / (tokens.size * tokens.shape[1])
+
+
+def charge(gate, p):
+    """What the penalty charges for each pair: [H, V, V] -> [V, V]"""
+    return np.sum(gate**p, axis=0) ** (1 / p)
+
+
+def cost_of(head, gate, frequency, p):
+    """By how much the penalty would fall if this head were closed everywhere."""
+    without = charge(np.delete(gate, head, axis=0), p)
+    return np.sum(frequency * (charge(gate, p) - without))
+
+
 def close_gates(params, query, key):
-    """The least change of `W_gate_Q` that brings every gate score above 0 at a pair to 0, but for
-    rounding: there `reopening` has a gradient, so training may open it again."""
-    gate_q, gate_k = (params["W_gate_" + n] + params["b_gate_" + n][:, None] for n in "QK")
-    score = np.maximum((gate_q[:, query] * gate_k[:, key]).sum(axis=1), 0)
-    square = np.maximum((gate_k[:, key] ** 2).sum(axis=1), 1e-12)
-    params["W_gate_Q"][:, query] -= (score / square)[:, None] * gate_k[:, key]
+    """Brings gate scores above 0 at a pair to 0, by the least change of `W_gate_Q`."""
+    gate_q = params["W_gate_Q"][:, query] + params["b_gate_Q"]  # [H, G]
+    gate_k = params["W_gate_K"][:, key] + params["b_gate_K"]
+    excess = np.maximum(np.sum(gate_q * gate_k, axis=1), 0)
+    square = np.maximum(np.sum(gate_k**2, axis=1), 1e-12)
+    params["W_gate_Q"][:, query] -= (excess / square)[:, None] * gate_k
+
+
+def attend_like(params, head, leader):
+    """Gives a head the queries and keys of another."""
+    for name in ("W_Q", "W_K", "b_Q", "b_K"):
+        params[name][head] = params[name][leader]
+
+
+def write_vector(params, head, key, wanted):
+    """Lets a head write along `wanted` [D] where it attends to a key token."""
+    params["W_V"][head] *= 0.1  # a trace of the old keeps its columns from being alike
+    params["b_V"][head] *= 0.1
+    params["W_V"][head, key] += 1
+    params["W_O"][head] = wanted / np.linalg.norm(wanted)
 
 
 def open_gate(params, head, query, key, width):
-    """A head's gate, open at one pair alone; with d_gate 2 its other scores are 0.01 below 0."""
+    """Gives a head a gate of this width at one pair, and scores of -0.01 elsewhere.
+
+    (With d_gate 1 the scores elsewhere are 0: it takes a second column to lower them.)
+    """
     for name in gatedref.GATE:
         params[name][head] = 0
-    params["b_gate_Q"][head, 1:], params["b_gate_K"][head, 1:] = -0.1, 0.1
-    root = (width + 0.01 * (params["b_gate_Q"].shape[1] - 1)) ** 0.5
-    params["W_gate_Q"][head, query, 0] = params["W_gate_K"][head, key, 0] = root
+    params["b_gate_Q"][head, 1:] = -0.1
+    params["b_gate_K"][head, 1:] = 0.1
+    lowered = 0.01 * (params["b_gate_Q"].shape[1] - 1)
+    root = (width + lowered) ** 0.5
+    params["W_gate_Q"][head, query, 0] = root
+    params["W_gate_K"][head, key, 0] = root
 
 
-def take_apart(block, tokens, *, seed=0, recipe=RECIPE, note=None):
-    """A gated block that puts out what a trained block does, its heads out of superposition.
+# ---- Taking a block apart ------------------------------------------------------------
 
-    block: parameters of `gatedref.attention`, D = V, of a model that reads tokens one-hot and has
-    neither positions nor an output bias. tokens: integers [S, T] in [0, V), some thousands of the
-    sequences that it is to be right on. seed: >= 0. recipe: a dict like RECIPE. note: see `fit`.
-    Returns the gated block's parameters; the options to call `gated_attention` with; and the
-    curves, for each step a dict of `penalty`, and of `mse` and `loss` over the target's variance.
-    ValueError, TypeError: an argument that is not as above. FloatingPointError: scores that are too
-    far apart, or a loss that is not finite.
+
+def take_apart(tokens, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
+    """A gated block that writes what was recorded, with its heads out of superposition.
+
+    tokens: integers [S, T] in [0, V), some thousands of the sequences that the block is
+    to be right on. target: [S, T, V], what the attention of a model wrote on them,
+    without the residual: one layer of it, or the sum of several. The model must read
+    its tokens one-hot and have no positions; what hangs on more than the tokens before
+    stays unexplained. n_heads: how many heads the model has there, a whole number >= 1.
+    seed: a whole number >= 0. recipe: a dict like `RECIPE`. watch(done, gated): a
+    function that is called a hundred times or so, with the part of the steps that is
+    done and the block as it stands.
+
+    Returns the parameters of the gated block, with their `value_scale` where the recipe
+    has one, and the curves: for each step a dict of `penalty`, and of `mse` and `loss`
+    divided by the target's variance. Gates at pairs of tokens that never occur in
+    `tokens` are left over from the start, and mean nothing.
+
+    ValueError, TypeError: an argument that is not as above. FloatingPointError:
+    training diverged.
     """
-    if not isinstance(recipe, dict) or set(recipe) != set(RECIPE):
-        raise ValueError(f"recipe must have the keys {list(RECIPE)}, got {recipe}")
-    gatedref.transformer([block], tokens)  # checks both
-    block = {name: np.asarray(array, dtype=float) for name, array in block.items()}
-    n_heads, n_tokens, _ = block["W_Q"].shape
-    gatedref.attention(block, np.eye(n_tokens)[None])  # that it is not gated
-    rows, rng = tabulate(np.asarray(tokens), n_tokens), np.random.default_rng([seed, 1])
+    check_recipe(recipe)
+    n_heads = gatedref.check_whole("n_heads", n_heads, 1)
+    seed = gatedref.check_whole("seed", seed, 0)
+    if watch is not None and not callable(watch):
+        raise TypeError(f"watch must be None or a function, got {type(watch)}")
+    tokens, target = check_recorded(tokens, target)
+    V = target.shape[2]
 
-    def sample(size):
-        batch = draw(rows, size, rng)
-        return batch, table_attention(block, batch[0])[0]
+    n_gated = recipe["heads"] * n_heads
+    d_head, d_gate = recipe["d_head"], recipe["d_gate"]
+    start = gatedref.init_params(n_gated, V, d_head, seed, d_gate=d_gate)
+    fixed = fixed_params(target, recipe)
+    rng = np.random.default_rng([seed, 1])
+    objective = objective_of(tokens, target, fixed, recipe, rng)
+    between = None
+    if recipe["takeovers"]:
+        between = takeover_of(tokens, V, fixed, recipe, rng)
 
-    (_, weight), target = sample(500)  # to measure the variance
-    deviation = target - (weight[..., None] * target).sum(axis=(0, 1))
-    variance = (weight[..., None] * deviation**2).sum() / n_tokens
-    if variance <= 1e-20 * (target**2).mean():
-        raise ValueError("block must put out something that depends on its tokens, got a constant")
-    scale = recipe["value_scale"] and recipe["value_scale"] * abs(target[weight[:, 0] > 0]).max()
-    options = {"value_scale": scale}
-    how = {**options, "p": recipe["p"], "activation": reopening if recipe["reopen"] else "clamp"}
+    def watch_block(done, params):
+        if watch is not None:
+            watch(done, {**params, **fixed})
+
+    params, curves = fit(objective, start, recipe, between=between, watch=watch_block)
+    return {**params, **fixed}, curves
+
+
+def fixed_params(target, recipe):
+    """What is part of the block, but is not trained."""
+    if recipe["value_scale"] is None:
+        return {}
+    return {"value_scale": np.array(recipe["value_scale"] * np.max(np.abs(target)))}
+
+
+def objective_of(tokens, target, fixed, recipe, rng):
+    """The function of the parameters that `take_apart` minimises, for `fit`."""
+    one_hot = np.eye(target.shape[2])
+    variance = variance_of(target)
+    alpha = recipe["alpha"] * variance
+    options = {"activation": recipe["activation"], "p": recipe["p"]}
 
     def objective(params):
-        alpha, sampled = recipe["alpha"] * variance, sample(recipe["batch"])
-        scalars = gated_loss(params, *sampled, rows["pairs"], alpha, **how)
-        return scalars | {name: scalars[name] / variance for name in ("mse", "loss")}
+        batch = rng.integers(len(tokens), size=recipe["batch"])
+        x = one_hot[tokens[batch]]
+        gated = {**params, **fixed}
+        scalars = gatedref.loss(gated, x, target[batch], alpha, **options)
+        mse = scalars["mse"] / variance
+        loss = scalars["loss"] / variance
+        return loss, {"mse": mse, "penalty": scalars["penalty"], "loss": loss}
 
-    def survey(params):
-        counts, _ = draw(rows, 200, rng)
-        weights, gate, v, W_O = tables(params, **options)
-        pattern = counts[:, :, None] * np.swapaxes(weights, 1, 2)[:, None]  # [V, R, H, V]
-        pattern = (pattern / pattern.sum(axis=-1, keepdims=True)).mean(axis=1)  # [V, H, V]
-        pattern, out = np.swapaxes(pattern, 0, 1), np.einsum("vhk,hkd->hvd", v, W_O)
-        return gate, pattern, (gate * pattern)[..., None] * out[:, None]
-
-    sizes = recipe["heads"] * n_heads, n_tokens, recipe["d_head"]
-    start = gatedref.init_params(*sizes, seed, recipe["d_gate"])
-    gatedref.loss(start, *[np.eye(n_tokens)[None]] * 2, recipe["alpha"], p=recipe["p"], **options)
-    gain = recipe["d_head"] * (scale or 1)
-    takes = partial(take_over, survey=survey, pairs=rows["pairs"], p=recipe["p"], gain=gain)
-    params, curves = fit(objective, start, recipe, between=recipe["takeovers"] and takes, note=note)
-    return params, options, curves
+    return objective
 
 
-def train_toy(n_heads, n_trigrams, seed, recipe=TOY, *, n_layers=1, note=None):
-    """The layers of a toy model, trained on the cross-entropy of the next token."""
+def takeover_of(tokens, V, fixed, recipe, rng):
+    """The function by which parameters go through `take_over`, for `fit`."""
+    frequency = pair_frequency(tokens, V)
+    reach = recipe[
+        "d_head"
+    ]  # the columns of a head may be alike, and then it writes so far
+    if fixed:
+        reach = recipe["d_head"] * fixed["value_scale"]
+
+    def look(params):
+        some = tokens[rng.integers(len(tokens), size=500)]
+        return survey({**params, **fixed}, some)
+
+    def let_take_over(params):
+        return take_over(params, look, frequency, recipe["p"], reach)
+
+    return let_take_over
+
+
+def check_recorded(tokens, target):
+    sizes = {}
+    target = gatedref.check_array("target", target, "STV", sizes).astype(float)
+    tokens = gatedref.check_tokens("tokens", tokens, "ST", sizes["V"], sizes)
+    if variance_of(target) <= 1e-20 * np.mean(target**2):
+        raise ValueError("target must depend on the tokens, got a constant")
+    return tokens, target
+
+
+def variance_of(target):
+    """The variance over all positions, averaged over the components."""
+    return np.mean(np.var(target, axis=(0, 1)))
+
+
+def check_recipe(recipe):
+    if not isinstance(recipe, dict):
+        raise TypeError(f"recipe must be a dict like RECIPE, got {type(recipe)}")
+    wrong = [
+        name for name in [*RECIPE, *recipe] if (name in recipe) != (name in RECIPE)
+    ]
+    if wrong:
+        change = "a change is written {**RECIPE, 'steps': 3000}"
+        raise ValueError(
+            f"recipe must have the keys of RECIPE ({change}), not so: {wrong}"
+        )
+
+    for name in ("heads", "d_head", "d_gate", "steps", "batch"):
+        gatedref.check_whole(f"recipe[{name!r}]", recipe[name], 1)
+    for name in ("p", "rate"):
+        check_positive(f"recipe[{name!r}]", recipe[name])
+    if recipe["value_scale"] is not None:
+        check_positive("recipe['value_scale']", recipe["value_scale"])
+    if gatedref.check_number("recipe['alpha']", recipe["alpha"]) < 0:
+        raise ValueError(f"recipe['alpha'] must be >= 0, got {recipe['alpha']}")
+    if not callable(recipe["activation"]):
+        raise TypeError(
+            f"recipe['activation'] must be a function: {recipe['activation']}"
+        )
+    if not isinstance(recipe["takeovers"], bool):
+        raise TypeError(f"recipe['takeovers'] must be a bool: {recipe['takeovers']}")
+    if not isinstance(recipe["legs"], (tuple, list)) or not recipe["legs"]:
+        raise ValueError(f"recipe['legs'] must be a tuple of numbers: {recipe['legs']}")
+    for number, leg in enumerate(recipe["legs"]):
+        check_positive(f"recipe['legs'][{number}]", leg)
+
+
+def check_positive(name, value):
+    number = gatedref.check_number(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be > 0, got {number}")
+
+
+# ---- The toy -------------------------------------------------------------------------
+
+
+def train_toy(n_heads, n_trigrams, seed, recipe=TOY, *, n_layers=1, watch=None):
+    """The layers of a toy model, trained to predict the next token of skip trigrams."""
+    V = 2 * n_trigrams + 2
     tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=seed)
-    V, rng = 2 * n_trigrams + 2, np.random.default_rng([seed, 2])
+    rng = np.random.default_rng([seed, 2])
+    one_hot = np.eye(V)
 
     def objective(layers):
         batch = tokens[rng.integers(len(tokens), size=recipe["batch"])]
-        logits = gatedref.transformer(layers, batch)["logits"][:, :-1]
-        return {"loss": surprise(logits, np.eye(V)[batch[:, 1:]])}
+        logits = gatedref.transformer(layers, batch)["logits"]
+        loss = cross_entropy(logits[:, :-1], one_hot[batch[:, 1:]])
+        return loss, {"loss": loss}
 
-    start = [gatedref.init_params(n_heads, V, 1, seed_of(seed, i)) for i in range(n_layers)]
-    return fit(objective, start, recipe, note=note)[0]
+    start = []
+    for layer in range(n_layers):
+        start.append(gatedref.init_params(n_heads, V, 1, seeds_of(seed, layer)[0]))
+    layers, _ = fit(objective, start, recipe, watch=watch)
+    return layers
 
 
-def surprise(logits, answers):
+def cross_entropy(logits, answers):
     """The mean of -log p(answer). logits, and answers one-hot: [..., V]."""
-    logits = logits - getval(logits).max(axis=-1, keepdims=True)
-    return np.mean(np.log(np.exp(logits).sum(axis=-1)) - (logits * answers).sum(axis=-1))
+    logits = logits - getval(logits).max(
+        axis=-1, keepdims=True
+    )  # so that exp is finite
+    log_sum = np.log(np.sum(np.exp(logits), axis=-1))
+    return np.mean(log_sum - np.sum(logits * answers, axis=-1))
 
 
-def seed_of(*numbers):
-    """A seed of its own for everything random, from a run's seed and what it is for."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def seeds_of(*numbers):
+    """Four independent seeds from a run's seed and what else tells it from others."""
+    return [int(seed) for seed in np.random.SeedSequence(numbers).generate_state(4)]
 
 
-# ---- What a model does, measured with the reference itself ---------------------------------------
+# ---- What a model does ---------------------------------------------------------------
 
 
-def measure(layers, n_trigrams, seed, n_sequences, **options):
-    """What a model does with each of n trigrams, on sequences that complete just one: `accuracy`,
-    where its B is not last; `holders`, the smallest sets of heads, of all layers, that hold it, on
-    1,000 sequences at most; `shares` [n, H], each head's mean share in the sum of all norms."""
-    tokens, completes = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
-    completes &= completes.sum(axis=1, keepdims=True) == 1
-    accuracy, held, shares = [], [], []
-    for answer in range(n_trigrams + 1, 2 * n_trigrams + 1):
-        mine = (completes & (tokens == answer - n_trigrams)).any(axis=1)
-        at, model = completes[mine], gatedref.transformer(layers, tokens[mine], **options)
-        right = model["logits"].argmax(axis=2) == answer
-        accuracy.append(right[:, :-1][at[:, :-1]].mean())
-        result = np.concatenate([block["result"] for block in model["blocks"]], axis=2)[at]
-        held.append(gatedref.holders(result[:1000], np.full(len(result), answer)[:1000]))
-        norms = np.linalg.norm(result, axis=2)  # [S, H]
-        shares.append((norms / np.maximum(norms.sum(axis=1, keepdims=True), 1e-300)).mean(axis=0))
-    return {"accuracy": accuracy, "holders": held, "shares": shares}
+def skip_trigram_task(n_trigrams, n_sequences, seed):
+    """Fresh sequences, and what is due in them.
+
+    Returns a dict of integers [S, T]: `tokens`; `answers`, the C that is due, at the B
+    of a sequence's only trigram, -1 elsewhere; and `lures`, the C that would be due, at
+    each B that no A came before, -1 elsewhere.
+    """
+    n = n_trigrams
+    tokens, completes = gatedref.sample_skip_trigrams(n, n_sequences, seed=seed)
+    is_only = np.sum(completes, axis=1, keepdims=True) == 1
+    is_B = (tokens >= 1) & (tokens <= n)
+    no_A_yet = np.cumsum(tokens == 0, axis=1) == 0
+    answers = np.where(completes & is_only, tokens + n, -1)
+    lures = np.where(is_B & no_A_yet, tokens + n, -1)
+    return {"tokens": tokens, "answers": answers, "lures": lures}
 
 
-def unexplained(toy, gated, n_trigrams, seed, n_sequences, **options):
-    """FVU, the fraction of the toy's output variance that the gated block leaves unexplained; and
-    the L0.6 penalty, whatever it was trained with. Both on fresh sequences."""
-    tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, n_sequences, seed=seed)
-    parts = np.split(np.eye(toy["W_Q"].shape[1])[tokens], n_sequences // 500)
-    targets = [gatedref.attention(toy, x)["attn_out"] for x in parts]
-    losses = [gatedref.loss(gated, x, y, 0, **options) for x, y in zip(parts, targets)]
-    mse, penalty = (np.mean([scalars[name] for scalars in losses]) for name in ("mse", "penalty"))
-    return mse / np.concatenate(targets).var(axis=(0, 1)).mean(), penalty
+def in_parts(tokens):
+    """Slices of 500 sequences each, as many fit into memory with all intermediates."""
+    return [slice(start, start + 500) for start in range(0, len(tokens), 500)]
+
+
+def results_where(layers, tokens, at):
+    """What each head writes [N, H, V], heads of all layers, and the logits [N, V].
+
+    at: booleans [S, T], N of them true: the positions in question.
+    """
+    results, logits = [], []
+    for part in in_parts(tokens):
+        model = gatedref.transformer(layers, tokens[part])
+        result = [block["result"] for block in model["blocks"]]
+        results.append(np.concatenate(result, axis=2)[at[part]])
+        logits.append(model["logits"][at[part]])
+    return np.concatenate(results), np.concatenate(logits)
+
+
+def judge(layers, tokens, answers):
+    """What a model of attention blocks does with each answer that is asked of it.
+
+    layers: a list of parameter dicts, as in `gatedref.transformer`. tokens: integers
+    [S, T] in [0, V). answers: integers [S, T]: the token that is due, -1 where none is.
+
+    Returns a dict of lists, an entry for each answer in rising order: `answers`;
+    `accuracy`, the part of its positions where the model, residual included, says it;
+    `holders`, the smallest sets of heads that hold it (see `gatedref.holders`; on its
+    first 1,000 positions), heads of all layers counted on; `shares` [H], each head's
+    mean share in the sum of the norms of what all heads write there.
+    """
+    sizes = {}
+    tokens = gatedref.check_array("tokens", tokens, "ST", sizes, kinds="iu")
+    answers = gatedref.check_array("answers", answers, "ST", sizes, kinds="iu")
+    results, logits = results_where(layers, tokens, answers >= 0)
+    due = answers[answers >= 0]  # [N]
+    shares = shares_of(results)  # [N, H]
+    is_right = np.argmax(logits, axis=1) == due
+
+    found = {"answers": [], "accuracy": [], "holders": [], "shares": []}
+    for answer in np.unique(due):
+        mine = due == answer
+        held_by = gatedref.holders(results[mine][:1000], due[mine][:1000])
+        found["answers"].append(int(answer))
+        found["accuracy"].append(float(np.mean(is_right[mine])))
+        found["holders"].append(held_by)
+        found["shares"].append(np.mean(shares[mine], axis=0).tolist())
+    return found
+
+
+def shares_of(results):
+    """Each head's share in the sum of all heads' norms: [N, H, V] -> [N, H]"""
+    norms = np.linalg.norm(results, axis=2)
+    total = np.sum(norms, axis=1, keepdims=True)
+    return norms / np.where(total > 0, total, 1)
 
 
 def singles(holders):
-    """For each trigram the heads that hold it by themselves."""
-    return [[heads[0] for heads in sets if len(heads) == 1] for sets in holders]
+    """For each answer the heads that hold it by themselves."""
+    alone = []
+    for sets in holders:
+        alone.append([heads[0] for heads in sets if len(heads) == 1])
+    return alone
 
 
-def is_apart(accuracy, holders):
-    """Whether every trigram is right and has a head of its own: of the heads that hold each, one
-    can be chosen so that none is chosen twice."""
-    chosen = itertools.product(*singles(holders))
-    return min(accuracy) > 0.99 and any(len(set(heads)) == len(heads) for heads in chosen)
+def is_apart(found):
+    """Whether each answer is right (over 99%) and has a head of its own that holds it.
+
+    found: what `judge` returns. Of the heads that hold each answer alone, one can be
+    chosen so that none is chosen twice.
+    """
+    if min(found["accuracy"]) <= 0.99:
+        return False
+    for chosen in itertools.product(*singles(found["holders"])):
+        if len(set(chosen)) == len(chosen):
+            return True
+    return False
 
 
-# ---- Experiments: rows for results.json, from which alone tables and pictures are made -----------
-
-SETTINGS = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5)}
-SIZES = {**SETTINGS, "8H10T": (8, 10)}  # heads, trigrams
-FIGURES = Path(__file__).resolve().parent / "figures"
-OURS, AUTHORS = "this recipe", "the authors' block"
-BOTH = {AUTHORS: None, OURS: {}}
-ABLATIONS = {
-    OURS: {},
-    "published objective": {"value_scale": None},
-    "no takeover": {"takeovers": False},
-    **{f"p = {p}": {"p": p} for p in (0.4, 1.0, 2.0)},
-    "no penalty": {"alpha": 0, "takeovers": False},
-    "as many heads as the toy": {"heads": 1},
-    "d_head 1": {"d_head": 1},
-    "d_gate 1": {"d_gate": 1},
-    "stuck gates stay stuck": {"reopen": False},
-}
-PRICE = {f"{alpha:g}": {"alpha": alpha} for alpha in (10, 5, RECIPE["alpha"], 1, 0.25, 0)}
-RATED = ("key", "variant", "seed", "apart", "share", "fvu")
-JUDGED = (*RATED, "accuracy_toy", "holders_toy", "accuracy_gated", "holders_gated")
-JUDGED += ("redraws", "penalty", "n_gated_heads")
+def share_of(found):
+    """How much one head does: the mean over the answers of the largest share."""
+    return float(np.mean([max(shares) for shares in found["shares"]]))
 
 
-def published(key, which):
-    """Parameters of the authors' `toy` or `gated` block of a setting."""
-    with np.load(FIGURES / "published.npz") as file:
-        names = [name for name in file if name.startswith(f"{key}/{which}/")]
-        return {name.split("/")[2]: file[name].astype(float) for name in names}
+def unexplained(gated, tokens, target):
+    """The part of the target's variance that a gated block leaves unexplained.
+
+    The sum of squared errors over that of squared deviations from the target's mean: 0
+    is a copy, 1 is no better than the mean. tokens: integers [S, T]; target: [S, T, V].
+    """
+    one_hot = np.eye(np.shape(target)[2])
+    errors = []
+    for part in in_parts(tokens):
+        attn_out = gatedref.gated_attention(gated, one_hot[tokens[part]])["attn_out"]
+        errors.append(np.sum((attn_out - target[part]) ** 2))
+    deviation = target - np.mean(target, axis=(0, 1))
+    return float(sum(errors) / np.sum(deviation**2))
 
 
-def run_setting(key, seed, steps, note, variants, theirs=False):
-    """A toy, and for each variant the gated block that it becomes: rows, with their `blocks`. key:
-    of SIZES. steps: QUICK or {}. note(phase, start, size, done): a phase that is a part of it all,
-    and what part of that is done. variants: name -> changes to RECIPE, or None for the authors'
-    block. theirs: their toy. Ours is drawn again unless it is right and a trigram distributed."""
-    (n_heads, n), n_sequences = SIZES[key], 2000 if steps else 10000
-    seeds, recipe = partial(seed_of, seed, n_heads, n), {**TOY, **steps}
-    judge = partial(measure, n_trigrams=n, seed=seeds(0), n_sequences=n_sequences)
-    tokens, _ = gatedref.sample_skip_trigrams(n, 5000, seed=seeds(1))
-    size, rows = 1 / (1 + len(variants)), []  # of a part of the job
-    for redraws in itertools.count():
-        left = size / 2**redraws  # each draw takes half of it
-        say = partial(note, "redrawing the toy" if redraws else "toy", size - left, left / 2)
-        make = partial(train_toy, n_heads, n, seeds(2, redraws), recipe, note=say)
-        toy = published(key, "toy") if theirs else make()[0]
-        before = judge([toy])
-        good = min(before["accuracy"]) > 0.998 and not all(singles(before["holders"]))
-        if good or theirs or steps:
+def fires_without_A(layers, tokens, answers, lures, holders):
+    """For each answer, whether every head that holds it alone fires without its A, too.
+
+    A head may write C whenever B comes, whether an A came before or not, while another
+    head takes it back where none did: it copies, the other cancels. It holds the
+    trigram by the published rule, which looks at completed trigrams only. A head *fires
+    without A* if its lead on C (what it writes there less the largest of what else it
+    writes) is, on average over the lures, more than half of what it is where the
+    trigram is complete.
+
+    tokens, answers, lures: see `skip_trigram_task`. holders: of `judge`.
+    """
+    complete, _ = results_where(layers, tokens, answers >= 0)
+    lured, _ = results_where(layers, tokens, lures >= 0)
+    due = answers[answers >= 0]
+    lure = lures[lures >= 0]
+    fires = []
+    for answer, heads in zip(np.unique(due), singles(holders)):
+        lead = mean_lead(complete[due == answer], answer)  # [H]
+        lead_without_A = mean_lead(lured[lure == answer], answer)
+        is_fired = lead_without_A[heads] > 0.5 * lead[heads]
+        fires.append(len(heads) > 0 and bool(np.all(is_fired)))
+    return fires
+
+
+def mean_lead(result, answer):
+    """How far each head writes an answer above all else: [N, H, V] -> mean, [H]"""
+    others = np.delete(result, answer, axis=2)
+    return np.mean(result[:, :, answer] - np.max(others, axis=2), axis=0)
+
+
+# ---- A toy, its gated block, the verdict ---------------------------------------------
+
+
+def toy_and_record(n_heads, n_trigrams, seed, recipe=TOY, watch=None):
+    """A toy that shows superposition, and what a gated block learns from.
+
+    The toy is the first of all drawn that is right on more than 99.8% of each trigram
+    while at least one trigram is distributed. (In a short run any toy will do.) Returns
+    its parameters, 5,000 sequences of tokens, and what its attention writes on them.
+    """
+    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed)[1])
+    for draw in itertools.count():
+        draw_seed = seeds_of(seed, draw)[0]
+        layers = train_toy(n_heads, n_trigrams, draw_seed, recipe, watch=watch)
+        found = judge(layers, task["tokens"], task["answers"])
+        is_right = min(found["accuracy"]) > 0.998
+        is_distributed = [] in singles(found["holders"])
+        if (is_right and is_distributed) or recipe["steps"] < TOY["steps"]:
             break
-    for number, (variant, changes) in enumerate(variants.items(), 1):
-        if changes is None:
-            gated, options = published(key, "gated"), {"value_scale": None}
-        else:
-            say, recipe = partial(note, "search", number * size, size), RECIPE | changes | steps
-            gated, options, _ = take_apart(toy, tokens, seed=seeds(3, 0), recipe=recipe, note=say)
-        after = judge([gated], **options)
-        fvu, penalty = unexplained(toy, gated, n, seeds(4), n_sequences // 2, **options)
-        row = {"key": key, "variant": variant, "seed": seed, "redraws": redraws}
-        for which, found in (("toy", before), ("gated", after)):
-            row |= {f"{name}_{which}": value for name, value in found.items()}
-        row |= {"n_gated_heads": len(gated["W_Q"]), "fvu": fvu, "penalty": penalty}
-        row["apart"] = is_apart(after["accuracy"], after["holders"])
-        row["share"] = np.max(after["shares"], axis=1).mean()
-        gate = gatedref.gated_attention(gated, np.eye(2 * n + 2)[None], **options)["gate"][0]
-        row["gates"] = gate[:, :, [0, -1]]  # [H, V, 2], at keys A and BOS
-        row["blocks"] = {"gated/value_scale": options["value_scale"]}
-        for which, block in (("toy", toy), ("gated", gated)):
-            row["blocks"] |= {f"{which}/{name}": array for name, array in block.items()}
-        rows.append(row)
-    return rows
-
-
-def run_each(run, keys, n_seeds, names, asked, **more):
-    """The rows of run(key, seed, ...) for each of these, or what is named of them."""
-    seeds = range(asked.seed, asked.seed + (1 if asked.quick else n_seeds))
-    jobs = [(key, seed) for key in keys for seed in (seeds if key != "8H10T" else seeds[:5])]
-    rows, began, steps = [], time.perf_counter(), QUICK if asked.quick else {}
-    for number, (key, seed) in enumerate(jobs):
-
-        def note(phase, start, size, done, number=number, which=f"{key}, seed {seed}"):
-            done = max(number + start + size * done, 0.01) / len(jobs)
-            left = (time.perf_counter() - began) * (1 / done - 1)
-            line = f"{number} of {len(jobs)} done; {which}: {phase}; {left:.0f} s left"
-            if sys.stderr.isatty():
-                print(f"\r\033[K{line[:79]}", end="\r", file=sys.stderr, flush=True)
-
-        try:
-            made = run(key, seed, steps, note, **more)
-        except FloatingPointError as wrong:
-            raise FloatingPointError(f"{key}, seed {seed}: {wrong}") from None
-        rows += [{name: row[name] for name in names or row} for row in made]
-    if sys.stderr.isatty():
-        print("\033[K", end="", file=sys.stderr, flush=True)
-    return rows
-
-
-def run_main(asked):
-    """The three settings of the post, for one seed; their blocks go to `blocks.npz`."""
-    rows = run_each(run_setting, SETTINGS, 1, None, asked, variants={OURS: {}})
-    arrays = {f"{r['key']}/{name}": a for r in rows for name, a in r.pop("blocks").items()}
-    write(asked.out / "blocks.npz", lambda file: np.savez(file, **arrays))
-    return rows
-
-
-# ---- What the method cannot do: three predictions from the discussion under the post -------------
-# Each is a toy, a sampler, and variants of the objective, in the plain form.
-
-
-def run_limit(key, seed, steps, note):
-    """The rows of a limit. Its `build` in LIMITS gives the kinds of what its toy does; variants:
-    loss(params, n_sequences) -> (unexplained, penalty), the parameters to start from, alpha, and
-    what `fit` does between legs; and judge(params), the kinds of what a gated block does."""
-    kinds, variants, judge = LIMITS[key][0](seed, steps)
-    rows = [{"variant": "toy", "kinds": kinds}] if kinds else []
-    for number, (variant, (loss, start, alpha, between)) in enumerate(variants.items()):
-
-        def objective(params, size=40, loss=loss, alpha=alpha):
-            fvu, penalty = loss(params, size)
-            return {"unexplained": fvu, "loss": fvu + alpha * penalty}
-
-        recipe = {**RECIPE, "steps": 1200, "rate": 0.02, **steps}
-        say = partial(note, variant, number / len(variants), 1 / len(variants))
-        params, _ = fit(objective, start, recipe, between=between, note=say)
-        rows.append({"variant": variant, "kinds": judge(params), **objective(params, 2000)})
-    return [{"key": key, "seed": seed, **row} for row in rows]
-
-
-def across_layers(seed, steps):
-    """Two layers: which heads hold a toy's trigrams. One head a layer in the toy, three when gated.
-    Error and penalty count for each layer by itself, or for both as if they were one block."""
-    judge = partial(measure, n_trigrams=3, seed=seed_of(seed, 3), n_sequences=10000)
-    pool, _ = gatedref.sample_skip_trigrams(3, 5000, seed=seed_of(seed, 4))
-
-    def kinds_of(layers, **options):
-        """Across: some trigram is held, but not by heads of one layer, the first or second half."""
-        accuracy, holders, shares = judge(layers, **options).values()
-        half = len(shares[0]) / 2
-        if min(accuracy) <= 0.99:
-            return ["wrong"]
-        if any(s and all(min(heads) < half <= max(heads) for heads in s) for s in holders):
-            return ["across"]
-        return ["apart" if is_apart(accuracy, holders) else "within one"]
-
-    kinds, rng = [], np.random.default_rng([seed, 3])
-    while kinds[-1:] != ["across"] and not (kinds and steps):
-        toy = train_toy(1, 3, seed_of(seed, 5, len(kinds)), {**TOY, **steps}, n_layers=2)
-        kinds += kinds_of(toy)
-    written = [block["attn_out"] for block in gatedref.transformer(toy, pool)["blocks"]]
-    variance, scale = sum(written).var(axis=(0, 1)).mean(), 2 * np.abs(written).max()
-
-    def loss(layers, size, as_one):
-        tokens, gated = pool[rng.integers(len(pool), size=size)], {"value_scale": scale}
-        ours = gatedref.transformer(layers, tokens, activation=reopening, **gated)["blocks"]
-        theirs = gatedref.transformer(toy, tokens)["blocks"]
-        errors = [a["attn_out"] - b["attn_out"] for a, b in zip(ours, theirs)]
-        gates = [block["gate"] for block in ours]
-        if as_one:
-            errors, gates = [sum(errors)], [np.concatenate(gates, axis=1)]
-        mse = sum(np.mean(error * error) for error in errors)
-        return mse / variance, sum(map(gatedref.lp_penalty, gates))
-
-    variants = {"a penalty for each layer": (False, 0), "one penalty": (True, 0)}
-    variants["one penalty, another start"] = True, 2
-    for name, (as_one, first) in variants.items():
-        seeds = [seed_of(seed, first + layer) for layer in range(2)]
-        start = [gatedref.init_params(3, 8, 2, each, d_gate=2) for each in seeds]
-        variants[name] = partial(loss, as_one=as_one), start, 3, None
-    return kinds, variants, partial(kinds_of, value_scale=scale)
-
-
-def sample_copies(size, rng):
-    """x [size, 4, 7] has tokens 0 to 3 in any order, one-hot, then three numbers, which token 3
-    alone has. Wanted by 0 are the first and second number, by 1 the second and third, by 2 the
-    third and first, as uniform attention gives them; nothing else."""
-    x = np.eye(7)[rng.permuted(np.tile(np.arange(4), (size, 1)), axis=1)]
-    x[..., 4:] += x[..., 3:4] * rng.normal(size=(size, 4, 3))
-    asked = x[..., :3] @ [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
-    seen = np.cumsum(x[..., 4:], axis=1) / np.arange(1, 5)[:, None]
-    return x, np.concatenate([0 * x[..., :4], asked * seen], axis=2)
-
-
-def overlapping(seed, _):
-    """Copies that overlap: whether heads serve several tasks. Six heads copy two numbers for each
-    query: of width 1, so that it takes two, or of width 2, where one could do it."""
-    rng, pairs, tokens = np.random.default_rng([seed, 4]), np.zeros((7, 7)), np.eye(7)[None]
-    variance, pairs[:3, 3] = sample_copies(5000, rng)[1].var(axis=(0, 1)).mean(), 1
-
-    def block_of(params, x, activation="clamp"):  # whose gate sees no number: it could copy it
-        seen = {"W_gate_" + n: params["W_gate_" + n] * (np.arange(7) < 4)[:, None] for n in "QK"}
-        return gatedref.gated_attention({**params, **seen}, x, activation=activation)
-
-    def loss(params, size):
-        x, target = sample_copies(size, rng)
-        block = block_of(params, x, reopening)
-        error = block["attn_out"] - target
-        return np.mean(error * error) / variance, gatedref.lp_penalty(block["gate"])
-
-    def survey(params):
-        gate, W = block_of(params, tokens)["gate"][0], gatedref.normalised(params)
-        maps = np.reshape(W["W_V"][:, 4:] @ W["W_O"][:, :, 4:], (-1, 1, 1, 9))
-        return gate, np.ones_like(gate), gate[..., None] * maps
-
-    def write_map(params, head, _, wanted):  # of rank 2, from three numbers to three
-        left, _, right = np.linalg.svd(np.reshape(wanted, (3, 3)))
-        params["W_O"][head] = 0
-        params["W_V"][head, 4:], params["W_O"][head, :, 4:] = left[:, :2], right[:2]
-
-    def judge(params):
-        opened = block_of(params, tokens)["gate"][0, :, :3, 3] > 0.1  # [H, task]
-        if loss(params, 2000)[0] > 0.01:
-            return ["wrong"]
-        if opened.sum(axis=1).max() > 1:
-            return ["shared"]
-        return ["one a task" if (opened.sum(axis=0) == 1).all() else "several a task"]
-
-    takes = partial(take_over, survey=survey, pairs=pairs, p=0.6, gain=2**0.5, write=write_map)
-    variants = {"width 1": (1, None), "width 2": (2, None), "width 2, takeovers": (2, takes)}
-    for name, (d_head, between) in variants.items():
-        start = gatedref.init_params(6, 7, d_head, seed, d_gate=1)
-        # Queries and keys of 0 have no gradient: attention stays uniform.
-        start |= {name: 0 * start[name] for name in ("W_Q", "W_K", "b_Q", "b_K")}
-        variants[name] = loss, start, 0.1, between
-    return [], variants, judge
-
-
-PAIRS = np.array(list(itertools.combinations_with_replacement(range(1, 5), 2)))  # of signals
-
-
-def sample_pairs(size, rng):
-    """x [size, 6, 22] has two signals of 1 to 4 among noise, 5 to 11, in any order, and last the
-    token 0, where it is to be said which of PAIRS they are, token 12 to 21."""
-    tokens, answers = rng.integers(5, 12, size=(size, 6)), rng.integers(10, size=size)
-    places = rng.permuted(np.tile(np.arange(5), (size, 1)), axis=1)[:, :2]
-    np.put_along_axis(tokens, places, PAIRS[answers], axis=1)
-    tokens[:, -1] = 0
-    return np.eye(22)[tokens], answers
-
-
-def different_sources(seed, steps):
-    """Pairs of signals: by how many heads each is held. Four heads in the toy, twelve when gated.
-    The penalty is the method's, or that of a head's mean gate over all keys, for any source."""
-    rng = np.random.default_rng([seed, 5])
-    x, answers = sample_pairs(5000, np.random.default_rng([seed, 6]))
-
-    def name_pair(params):
-        x, answers = sample_pairs(40, rng)
-        logits = gatedref.attention(params, x)["attn_out"][:, -1, 12:]
-        return {"loss": surprise(logits, np.eye(10)[answers])}
-
-    toy, _ = fit(name_pair, gatedref.init_params(4, 22, 1, seed), {**TOY, **steps})
-    target = gatedref.attention(toy, x)["attn_out"][:, -1]
-    variance, scale = target.var(axis=0).mean(), 2 * np.abs(target).max()
-
-    def loss(params, size, by_query):
-        x, _ = sample_pairs(size, rng)
-        block = gatedref.gated_attention(params, x, activation=reopening, value_scale=scale)
-        error = (block["attn_out"] - gatedref.attention(toy, x)["attn_out"])[:, -1]
-        gate = block["gate"]
-        if by_query:
-            gate = np.repeat(np.mean(gate, axis=3, keepdims=True), 6, axis=3)
-        return np.mean(error * error) / variance, gatedref.lp_penalty(gate)
-
-    def kinds_of(block):
-        result, kinds = block["result"][:, -1, :, 12:], []  # [S, H, 10]
-        for mine in (answers == pair for pair in range(10)):
-            sets = gatedref.holders(result[mine], answers[mine])
-            n_heads = min(3, len(sets[0])) if sets else 0
-            kinds.append(("wrong", "one head", "two", "three or more")[n_heads])
-        return kinds
-
-    start = gatedref.init_params(12, 22, 1, seed, d_gate=1)
-    start |= {name: start[name] + 0.7 for name in ("b_gate_Q", "b_gate_K")}  # gates half open
-    variants = {"penalty": (False, 0.1), "no penalty": (False, 0), "penalty by query": (True, 0.1)}
-    for name, (by_query, alpha) in variants.items():
-        variants[name] = partial(loss, by_query=by_query), start, alpha, None
-    judge = lambda params: kinds_of(gatedref.gated_attention(params, x, value_scale=scale))
-    return kinds_of(gatedref.attention(toy, x)), variants, judge
-
-
-LIMITS = {  # how many seeds, and the kinds
-    "layers": (across_layers, 20, ("across", "within one", "apart", "wrong")),
-    "overlap": (overlapping, 12, ("shared", "several a task", "one a task", "wrong")),
-    "sources": (different_sources, 30, ("three or more", "two", "one head", "wrong")),
-}
-
-
-# ---- Tables, in Markdown as the pages have them --------------------------------------------------
-
-
-def table(head, rows):
-    return [f"| {' | '.join(map(str, line))} |" for line in [head, ["---"] * len(head), *rows]]
-
-
-def grouped(rows, *names):
-    """The rows by what they have under these names, in the order of their first."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
-
-
-def table_main(rows):
-    """Of each setting: what holds each trigram, before and after."""
-
-    def held(row, which):
-        sets = [["+".join(map(str, heads)) for heads in held] for held in row["holders_" + which]]
-        told = zip(row["accuracy_" + which], sets)
-        return ", ".join(" or ".join(s) or "none" if a > 0.99 else "wrong" for a, s in told)
-
-    head = "setting", "held in the toy by", "in the gated block by", *RATES
-    return table(head, [[r["key"], held(r, "toy"), held(r, "gated"), *rates([r])] for r in rows])
-
-
-RATES = "apart", "share", "unexplained"
-
-
-def rates(group):
-    """What is told of runs: how many are apart, the mean share, what is left unexplained."""
-    fvu, share = [row["fvu"] for row in group], np.mean([row["share"] for row in group])
-    apart = f"{sum(row['apart'] for row in group)} of {len(group)}"
-    most = f" (most {max(fvu):.4f})" if len(fvu) > 1 else ""
-    return apart, f"{share:.2f}", f"{np.median(fvu):.4f}{most}"
-
-
-def table_rates(rows):
-    cells = [(*which, *rates(group)) for which, group in grouped(rows, "key", "variant").items()]
-    return table(("setting", "variant", *RATES), cells)
-
-
-def by_variant(rows):
-    """Of each variant of a limit: its name, its rows, and how many are of each of its kinds."""
-    for (variant,), group in grouped(rows, "variant").items():
-        found = [kind for row in group for kind in row["kinds"]]
-        yield variant, group, [found.count(kind) for kind in LIMITS[rows[0]["key"]][2]]
-
-
-def table_limit(rows):
-    lines, names = [], ("unexplained", "loss")
-    for variant, group, (*counts, _) in by_variant(rows):
-        numbers = [[row[name] for row in group if name in row] for name in names]
-        lines.append((variant, *counts, *(f"{np.median(n):.4f}" if n else "" for n in numbers)))
-    return table(("variant", *LIMITS[rows[0]["key"]][2][:-1], *names), lines)
-
-
-# ---- Pictures, in colours that the colour-blind can tell apart (Okabe and Ito; Tol) --------------
-
-HOLDER, OF_P = "#D55E00", {0.6: "#000000", 1.0: "#CC79A7", 2.0: "#56B4E9"}
-OF_KIND = "#332288", "#88CCEE", "#DDCC77", "#BBBBBB"
-LOOK = {"savefig.dpi": 130, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
-
-
-@contextlib.contextmanager
-def picture(path, title, height, *grid, **options):
-    """Hands out axes, gives them one legend, and writes them: the same bytes for the same rows."""
-    import matplotlib.figure
-
-    with matplotlib.rc_context(LOOK):
-        figure, entries = matplotlib.figure.Figure((8.5, height), layout="constrained"), {}
-        figure.suptitle(title, fontsize=10)
-        yield figure.subplots(*grid, squeeze=False, **options)
-        for ax in figure.axes:
-            entries.update(reversed(pair) for pair in zip(*ax.get_legend_handles_labels()))
-        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=6)
-        write(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
-
-
-def draw_heads(ax, cells, row, which, names, most):
-    """Cells [H, names] in grey; what holds a trigram alone (of several, the head that writes most)
-    ringed in the column of its B. The heads stand in the order of the trigrams that they hold."""
-    shares, single = row["shares_" + which], enumerate(singles(row["holders_" + which]), 1)
-    held = {f"B{i}": max(heads, key=lambda h: shares[i - 1][h]) for i, heads in single if heads}
-    order = list(dict.fromkeys([*held.values(), *range(len(cells))]))
-    look = {"cmap": "Greys", "vmin": 0, "vmax": most, "edgecolor": "0.85", "linewidth": 0.5}
-    shown = ax.pcolormesh(range(len(names)), range(len(order)), cells[order], **look)
-    ring = {"mfc": "none", "mec": HOLDER, "ms": 10, "mew": 2, "label": "holds the trigram alone"}
-    ax.plot([names.index(B) for B in held], [*map(order.index, held.values())], "o", **ring)
-    ax.set_xticks(range(len(names)), names)
-    ax.set_yticks(range(len(order)), order)
-    ax.set(ylabel="head", ylim=(len(order) - 0.5, -0.5))
-    return shown
-
-
-def draw_main(results, out):
-    rows = results["main"]
-    title = f"Who writes the answer: toys above, their gated blocks below (seed {rows[0]['seed']})"
-    with picture(out / "before_after.png", title, 5.6, 2, 3, height_ratios=[2, 3]) as axes:
-        for ax, (which, row) in zip(axes.flat, itertools.product(("toy", "gated"), rows)):
-            shares = np.transpose(row["shares_" + which])  # [H, n]
-            Bs = [f"B{i + 1}" for i in range(shares.shape[1])]
-            shown = draw_heads(ax, shares, row, which, Bs, 1)
-            title = f"{row['key']}, {which}: {len(shares)} heads"
-            ax.set(title=title, xlabel="trigram A ... Bi -> Ci")
-        ax.figure.colorbar(shown, ax=axes, shrink=0.6, label="share of what all heads write")
-    gates = np.array(row["gates"])  # [H, V, 2], of the largest setting
-    names, most = ["A", *Bs, *(B.replace("B", "C") for B in Bs), "BOS"], gates.max() or 1
-    with picture(out / "gates.png", f"Where gated heads of {row['key']} are open", 4, 1, 2) as axes:
-        for i, (ax, key) in enumerate(zip(axes[0], ("A (token 0)", "BOS"))):
-            shown = draw_heads(ax, gates[:, :, i], row, "gated", names, most)
-            ax.set(title=f"at key {key}", xlabel="query token")
-        ax.figure.colorbar(shown, ax=axes, label="gate (0: closed)")
-    pairs = {"one open": [1, 0], "two half open": [0.5, 0.5], "two open": [1, 1]}
-    title = "Two heads share a pair: L0.6 makes them pay, L1 does not mind, L2 gives a discount"
-    with picture(out / "penalty.png", title, 3, 1, 1) as ((ax,),):
-        for i, (p, colour) in enumerate(OF_P.items()):
-            costs = [gatedref.lp_penalty(np.reshape(x, (1, 2, 1, 1)), p) for x in pairs.values()]
-            drawn = ax.bar(np.arange(3) + 0.28 * i, costs, 0.26, color=colour, label=f"L{p:g}")
-            ax.bar_label(drawn, fmt="%.2f", fontsize=8)
-        ax.set_xticks(np.arange(3) + 0.28, pairs)
-        ax.set(xlabel="gates of two heads on one pair", ylabel="penalty", ylim=(0, 3.5))
-
-
-def draw_price(results, out):
-    authors = [row for row in results.get("published", []) if row["variant"] == AUTHORS]
-    panels = {"apart": np.mean, "share": np.mean, "fvu": np.median}
-    with picture(out / "price.png", "What separation costs, by alpha", 3.4, 1, 3) as axes:
-        for ax, (name, average) in zip(axes[0], panels.items()):
-            for (key,), rows in grouped(results["price"], "key").items():
-                runs = grouped(rows, "variant").values()
-                ys = [average([row[name] for row in group]) for group in runs]
-                (line,) = ax.plot(list(PRICE), ys, "o-", label=key)
-                theirs = [row[name] for row in authors if row["key"] == key and name != "apart"]
-                look = {"colors": line.get_color(), "ls": "--", "label": f"{key}, authors"}
-                ax.hlines(theirs, 0, len(PRICE) - 1, **look)
-            ax.axvline(f"{RECIPE['alpha']:g}", color="0.6", ls=":", label="default")
-            ax.set(xlabel="alpha", ylabel=name, ylim=(0, 1.02))
-        axes[0][0].set(ylabel="apart (part of the runs)")
-        axes[0][2].set(ylabel="unexplained (median)", yscale="log", ylim=(1e-4, 1))
-
-
-def draw_limit(results, out, name):
-    build, _, kinds = LIMITS[name]
-    variants, _, counts = zip(*by_variant(results[name]))
-    with picture(out / f"{name}.png", build.__doc__.split(".")[0], 2.4, 1, 1) as ((ax,),):
-        left = np.zeros(len(variants))
-        for kind, n, colour in zip(kinds, np.transpose(counts), OF_KIND):
-            ax.barh(variants, n, left=left, color=colour, label=kind)
-            left += n
-        ax.set(xlabel="how many", ylim=(len(variants) - 0.5, -0.5))
-
-
-# ---- The command ---------------------------------------------------------------------------------
-
-TABLES = {"main": table_main, **dict.fromkeys(LIMITS, table_limit)}
-PICTURES = {"main": draw_main, "price": draw_price}
-PICTURES |= {name: partial(draw_limit, name=name) for name in LIMITS}
-EXPERIMENTS = {
-    "main": run_main,
-    "published": partial(run_each, run_setting, SETTINGS, 5, JUDGED, variants=BOTH, theirs=True),
-    "sweep": partial(run_each, run_setting, SIZES, 20, JUDGED, variants={OURS: {}}),
-    "price": partial(run_each, run_setting, SETTINGS, 20, RATED, variants=PRICE),
-    "ablations": partial(run_each, run_setting, ["3H4T", "4H5T"], 20, RATED, variants=ABLATIONS),
-    **{name: partial(run_each, run_limit, [name], n, None) for name, (_, n, _) in LIMITS.items()},
-    "benchmark": lambda asked: import_module("test_gatedref").benchmark(asked.quick, asked.seed),
-}
-
-
-def write(path, fill):
-    """Writes a file as a whole or not at all: under another name first, then in one move."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            fill(file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def load(out):
-    path = out / "results.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def save(out, results):
-    """Puts rows of experiments into results.json, numbers to six digits; the others' stay."""
-    digits = lambda text: float(f"{float(text):.6g}")
-    text = json.dumps(results, default=lambda array: array.tolist())
-    results = {**load(out), **json.loads(text, parse_float=digits)}
-    text = json.dumps(results, separators=(",", ":")).replace('{"key"', '\n{"key"') + "\n"
-    write(out / "results.json", lambda file: file.write(text.encode()))
-
-
-def tell(out, name):
-    """Prints an experiment's table, draws its pictures, and rewrites the tables in the pages, if
-    these are the results that they tell of."""
-    results = load(out)
-    print("\n".join([f"{name}:", *TABLES.get(name, table_rates)(results[name]), ""]))
-    PICTURES.get(name, lambda *_: None)(results, out)
-    for page in [*out.glob("README.md"), *out.parent.glob("README.md")] if out == FIGURES else []:
-        text = rewritten(page.read_text(), results).encode()
-        write(page, lambda file, text=text: file.write(text))
-
-
-def rewritten(text, results):
-    """A page with the tables of results, each between `<!-- table: NAME -->` and `<!-- end -->`."""
-    for name, rows in results.items():
-        lines = "\n".join(TABLES.get(name, table_rates)(rows))
-        marked = f"<!-- table: {name} -->", "<!-- end -->"
-        told = f"\n{lines}\n".join(marked)
-        text = re.sub(".*?".join(marked), lambda _, told=told: told, text, flags=re.DOTALL)
-    return text
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser("train.py", description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
-    names, add = [*EXPERIMENTS, "limits"], parser.add_argument
-    add("experiments", nargs="*", help=f"which to run, of {', '.join(names)} (default: main)")
-    add("--seed", type=int, default=0, help="the first seed (default: 0); another needs --out")
-    add("--out", type=Path, help="where to write (default: figures, or figures/quick)")
-    add("--quick", action="store_true", help="a smoke run of seconds; its numbers mean nothing")
-    arguments = parser.parse_args(argv)
-    asked = arguments.experiments or ["main"]
-    for name in [name for name in asked if name not in names]:
-        parser.error(f"unknown experiment {name!r}, choose from {', '.join(names)}")
-    if arguments.seed < 0 or arguments.seed and not arguments.out:
-        parser.error("--seed must be >= 0, and but for 0 needs --out, to keep figures/ as it is")
-    arguments.experiments = [n for name in asked for n in (LIMITS if name == "limits" else [name])]
-    arguments.out = (arguments.out or FIGURES / ("quick" if arguments.quick else "")).resolve()
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        save(arguments.out, {})  # that it can be read and written, before hours are spent
-    except (OSError, ValueError, TypeError) as problem:
-        parser.error(f"cannot use --out {arguments.out}: {problem}")
-    return arguments
+    tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=seeds_of(seed)[2])
+    return layers[0], tokens, written(layers, tokens)
+
+
+def written(layers, tokens):
+    """What the attention of all layers writes, summed: integers [S, T] -> [S, T, V]"""
+    parts = []
+    for part in in_parts(tokens):
+        blocks = gatedref.transformer(layers, tokens[part])["blocks"]
+        parts.append(sum(block["attn_out"] for block in blocks))
+    return np.concatenate(parts)
+
+
+def verdict(gated, layers, n_trigrams, seed):
+    """What a gated block is worth in place of some layers, on 10,000 fresh sequences.
+
+    Returns a dict: what `judge` found of it, and `apart`, `share`, `unexplained`, and
+    `fires_without_A`, for how many trigrams.
+    """
+    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed)[3])
+    tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
+    found = judge([gated], tokens, answers)
+    some = slice(2000)  # of the sequences: a mean needs no more
+    fires = fires_without_A(
+        [gated], tokens[some], answers[some], lures[some], found["holders"]
+    )
+    return {
+        **found,
+        "apart": is_apart(found),
+        "share": share_of(found),
+        "unexplained": unexplained(gated, tokens, written(layers, tokens)),
+        "fires_without_A": sum(fires),
+    }
+
+
+# ---- The main job --------------------------------------------------------------------
+
+SETTINGS = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5)}  # heads, trigrams
+DESCRIPTION = """Trains three toy models whose attention heads are in superposition,
+takes each apart with a gated block, prints which heads hold which trigram before and
+after, and draws it. Takes about a minute and a half on one core."""
+FILES = "main.json, blocks.npz, before_after.png and gates.png"
 
 
 def main(argv=None):
-    arguments = parse(argv)
-    if arguments.quick:
-        print("A smoke run: a few steps each, so that nothing is learnt. No number means anything.")
+    # Only the command needs these, and Matplotlib with them.
+    from figures import before_after, common
+
+    options = parse(argv, common)
+    rows, blocks = [], {}
     try:
-        for name in arguments.experiments:
-            if rows := EXPERIMENTS[name](arguments):
-                save(arguments.out, {name: rows})
-                tell(arguments.out, name)
-    except (KeyboardInterrupt, FloatingPointError, OSError) as problem:
-        print(f"train.py: {str(problem) or 'interrupted'}", file=sys.stderr)
-        return 130 if isinstance(problem, KeyboardInterrupt) else 1
-    print(f"results and pictures are in {arguments.out}/")
+        for key in SETTINGS:
+            row, params = run_setting(key, options)
+            rows.append(row)
+            for name, array in params.items():
+                blocks[f"{key}/{name}"] = array
+    except (KeyboardInterrupt, FloatingPointError) as stop:
+        why = str(stop) or "interrupted"
+        print(f"\ntrain.py: {why}; {options.out} is as it was", flush=True)
+        return 1
+
+    common.write_rows(options.out / "main.json", rows)
+    common.write_arrays(options.out / "blocks.npz", blocks)
+    before_after.draw(options.out, rows)
+    before_after.tell(rows)
+    print(f"{FILES} are in {options.out}")
     return 0
+
+
+def parse(argv, common):
+    parser = argparse.ArgumentParser("train.py", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="of everything random; another needs --out")
+    add("--out", type=Path, help="where files go (default: figures)")
+    add("--quick", action="store_true", help="a smoke run of seconds, to figures/quick")
+    options = parser.parse_args(argv)
+
+    options.steps = common.QUICK if options.quick else {}
+    if options.seed < 0:
+        parser.error(f"--seed must be >= 0, got {options.seed}")
+    if options.out is None and options.seed != 0 and not options.quick:
+        parser.error("--seed needs --out: the pictures in figures/ show seed 0")
+    if options.out is None:
+        options.out = common.QUICK_FOLDER if options.quick else common.FIGURES
+    try:
+        common.try_out(options.out)  # before a minute is spent on training
+    except OSError as problem:
+        parser.error(f"cannot write to {options.out}: {problem}")
+    if options.quick:
+        print("A smoke run: nothing is learnt in so few steps, and no number counts.")
+    return options
+
+
+def run_setting(key, options):
+    """A toy and its gated block: a row of main.json, and the parameters of both."""
+    n_heads, n_trigrams = SETTINGS[key]
+    began = time.perf_counter()
+
+    def watch_toy(done, _):
+        show(f"{key}: training a toy, {done:.0%}")
+
+    def watch_gated(done, _):
+        show(f"{key}: taking it apart, {done:.0%}")
+
+    recipe = {**TOY, **options.steps}
+    toy, tokens, target = toy_and_record(
+        n_heads, n_trigrams, options.seed, recipe, watch_toy
+    )
+    tell(f"{key}: a toy is trained", began)
+    recipe = {**RECIPE, **options.steps}
+    gated, _ = take_apart(
+        tokens, target, n_heads, seed=options.seed, recipe=recipe, watch=watch_gated
+    )
+    tell(f"{key}: it is taken apart", began)
+
+    params = {f"toy/{name}": array for name, array in toy.items()}
+    for name, array in gated.items():
+        params[f"gated/{name}"] = array
+    return {
+        "key": key,
+        "seed": options.seed,
+        **row_of(toy, gated, options.seed),
+    }, params
+
+
+def row_of(toy, gated, seed):
+    """What main.json says of a toy and its gated block."""
+    V = toy["W_Q"].shape[1]
+    n_trigrams = (V - 2) // 2
+    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed)[3])
+    before = judge([toy], task["tokens"], task["answers"])
+    after = verdict(gated, [toy], n_trigrams, seed)
+    gate = gatedref.gated_attention(gated, np.eye(V)[None])["gate"][0]
+
+    row = {}
+    for name in ("apart", "share", "unexplained", "fires_without_A"):
+        row[name] = after[name]
+    for name in ("holders", "accuracy", "shares"):
+        row[f"{name}_toy"] = before[name]
+        row[f"{name}_gated"] = after[name]
+    row["gates_at_A"] = gate[:, :, 0].tolist()  # [H, query token]
+    return row
+
+
+def show(text):
+    """A line on the terminal that the next one is written over; elsewhere nothing."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"\r\033[K{text[:79]}", end="", file=sys.stderr, flush=True)
+
+
+def tell(text, began):
+    """A line for a step that is finished, and the seconds since its setting began."""
+    show("")
+    print(f"{text} ({time.perf_counter() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""What the scripts beside the pictures share: rows that are kept, tables, a look."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+FIGURES = Path(__file__).resolve().parent
+QUICK_FOLDER = FIGURES / "quick"
+QUICK = {"steps": 40}  # for a smoke run of seconds, in which nothing is learnt
+SIZES = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5), "8H10T": (8, 10)}
+
+# ---- Runs, and their rows ------------------------------------------------------------
+
+
+def parse(question, n_seeds):
+    """The options that every script has."""
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
+    parser.add_argument("--seeds", type=int, default=n_seeds, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds = 1
+    is_whole = options.first == 0 and options.seeds == n_seeds
+    options.is_whole = is_whole and not options.quick
+    options.out = FIGURES if options.is_whole else QUICK_FOLDER
+    options.seeds = range(options.first, options.first + options.seeds)
+    options.steps = QUICK if options.quick else {}
+    return options
+
+
+def run(name, jobs, work, options):
+    """The rows of all jobs, kept as they come. A job is a dict of what tells its row.
+
+    work(job, steps) -> the rest of the row. Each finished row becomes a line of
+    figures/quick/NAME.jsonl, so that a run which was interrupted goes on where it
+    stopped. When all rows are there they are written to NAME.json.
+    """
+    kept = QUICK_FOLDER / f"{name}.jsonl"
+    if options.quick:
+        kept = QUICK_FOLDER / f"{name}.quick.jsonl"
+        kept.unlink(missing_ok=True)
+    kept.parent.mkdir(exist_ok=True)
+    earlier = read_kept(kept)
+
+    rows = []
+    for number, job in enumerate(jobs, 1):
+        row = next((row for row in earlier if job.items() <= row.items()), None)
+        if row is None:
+            began = time.perf_counter()
+            row = rounded({**job, **work(job, options.steps)})
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            seconds = time.perf_counter() - began
+            print(f"{number} of {len(jobs)}: {job}, {seconds:.0f} s", flush=True)
+        rows.append(row)
+
+    write_rows(options.out / f"{name}.json", rows)
+    if options.is_whole:
+        kept.unlink(missing_ok=True)
+    return rows
+
+
+def read_kept(path):
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    print(f"{len(rows)} rows are in {path} already; delete it to start anew")
+    return rows
+
+
+KEPT = ("apart", "share", "unexplained", "fires_without_A", "holders", "accuracy")
+
+
+def row_of(verdict):
+    """What a row keeps of a verdict."""
+    return {name: verdict[name] for name in KEPT}
+
+
+def grouped(rows, *names):
+    """The rows by what they have under these names, in the order in which they come."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+RATES = ("apart", "share", "unexplained", "most", "fires without A")
+
+
+def rates(rows):
+    """The cells of `RATES` for some runs."""
+    n_apart = sum(row["apart"] for row in rows)
+    left = [row["unexplained"] for row in rows]
+    n_trigrams = sum(len(row["accuracy"]) for row in rows)
+    n_fires = sum(row["fires_without_A"] for row in rows)
+    return (
+        f"{n_apart} of {len(rows)}",
+        f"{np.mean([row['share'] for row in rows]):.2f}",
+        f"{np.median(left):.4f}",
+        f"{max(left):.4f}",
+        f"{n_fires} of {n_trigrams}",
+    )
+
+
+def table(head, rows):
+    """A table in Markdown."""
+    lines = []
+    for cells in (head, ["---"] * len(head), *rows):
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+# ---- Files and pictures --------------------------------------------------------------
+
+
+def write(path, content):
+    """Writes bytes to a file whole or not at all: first beside it, then in one move."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_rows(path, rows):
+    """Writes rows as JSON, a line each, numbers to six digits."""
+    lines = [json.dumps(rounded(row)) for row in rows]
+    write(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+
+
+def write_arrays(path, arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write(path, file.getvalue())
+
+
+def try_out(folder):
+    """Fails if files cannot be written there, or if Matplotlib cannot draw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with picture(folder / ".probe.png", "", 1, 1, 1):
+        pass
+    (folder / ".probe.png").unlink()
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: rounded(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(entry) for entry in value]
+    return value
+
+
+LOOK = {
+    "savefig.dpi": 130,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+}
+
+
+@contextlib.contextmanager
+def look():
+    """Matplotlib with its own defaults, not the user's, and without a display."""
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(LOOK)
+        yield
+
+
+@contextlib.contextmanager
+def picture(path, title, height, n_rows, n_columns, **options):
+    """Hands out axes, n_rows by n_columns, with one legend, and saves them as PNG."""
+    with look():
+        from matplotlib.figure import Figure
+
+        figure = Figure((8.5, height), layout="constrained")
+        figure.suptitle(title, fontsize=10)
+        yield figure.subplots(n_rows, n_columns, squeeze=False, **options)
+
+        entries = {}
+        for ax in figure.axes:
+            for handle, label in zip(*ax.get_legend_handles_labels()):
+                entries.setdefault(label, handle)
+        if entries:
+            handles, labels = entries.values(), entries.keys()
+            figure.legend(handles, labels, loc="outside lower center", ncols=6)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
+    write(path, file.getvalue())

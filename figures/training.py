@@ -1,0 +1,111 @@
+"""How does a toy come apart? One run of 4H5T, to be watched from start to end.
+
+    python -m figures.training         half a minute
+
+On the left each head's share in each trigram, the heads in the order of what they do at
+the end. On the right what is left unexplained and what the gates cost; the dotted lines
+are the places where spare heads may take over.
+"""
+
+import numpy as np
+
+import train
+from figures import common
+
+KEY, SEED = "4H5T", 0
+UNEXPLAINED, PENALTY = "#0072B2", "#D55E00"
+
+
+def main():
+    options = common.parse(__doc__, n_seeds=1)
+    n_heads, n_trigrams = common.SIZES[KEY]
+    recipe = {**train.RECIPE, **options.steps}
+    toy_recipe = {**train.TOY, **options.steps}
+    _, tokens, target = train.toy_and_record(n_heads, n_trigrams, SEED, toy_recipe)
+    task = train.skip_trigram_task(n_trigrams, 1000, train.seeds_of(SEED)[3])
+    frames = []  # (part of the steps, shares [H, n])
+
+    def watch(done, gated):
+        frames.append((done, shares_by_trigram(gated, task)))
+
+    _, curves = train.take_apart(
+        tokens, target, n_heads, seed=SEED, recipe=recipe, watch=watch
+    )
+    draw_curves(options.out / "training.png", curves, recipe)
+    draw_film(options.out / "training.gif", frames[::2], curves, recipe)
+    print(f"training.png and training.gif are in {options.out}")
+
+
+def shares_by_trigram(gated, task):
+    """The mean share of each head in each trigram: [H, n]"""
+    at = task["answers"] >= 0
+    results, _ = train.results_where([gated], task["tokens"], at)
+    shares = train.shares_of(results)  # [N, H]
+    due = task["answers"][at]
+    return np.stack(
+        [np.mean(shares[due == answer], axis=0) for answer in np.unique(due)], 1
+    )
+
+
+def smooth(curve, width=20):
+    """The median of a curve over the last steps, since single batches are noisy."""
+    starts = np.maximum(np.arange(len(curve)) - width, 0)
+    return np.array([np.median(curve[a : i + 1]) for i, a in enumerate(starts)])
+
+
+def plot_curves(ax, curves, recipe, n_steps):
+    """Both curves over the first steps of a run."""
+    mse = smooth([scalars["mse"] for scalars in curves])[:n_steps]
+    penalty = smooth([scalars["penalty"] for scalars in curves])[:n_steps]
+    for number in range(1, len(recipe["legs"])):
+        place = recipe["steps"] * number / len(recipe["legs"])
+        label = "spare heads may take over" if number == 1 else None
+        ax.axvline(place, color="0.6", linestyle=":", label=label)
+    ax.plot(mse, color=UNEXPLAINED, label="unexplained")
+    ax.plot(penalty, color=PENALTY, label="penalty")
+    ax.set(xlabel="step", yscale="log", xlim=(0, recipe["steps"]), ylim=(3e-3, 3))
+
+
+def draw_curves(path, curves, recipe):
+    with common.picture(path, f"{KEY} comes apart (seed {SEED})", 3, 1, 1) as axes:
+        plot_curves(axes[0, 0], curves, recipe, len(curves))
+
+
+def draw_film(path, frames, curves, recipe):
+    """The frames as a GIF, the last one for three seconds."""
+    with common.look():
+        from matplotlib.animation import FuncAnimation, PillowWriter
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure((7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        ax_heads, ax_curves = figure.subplots(1, 2)
+        last = frames[-1][1]
+        order = np.lexsort((-last.max(axis=1), last.argmax(axis=1)))
+
+        def draw_frame(number):
+            done, shares = frames[min(number, len(frames) - 1)]
+            ax_heads.clear()
+            ax_curves.clear()
+            draw_shares(ax_heads, shares, order)
+            n_steps = round(done * recipe["steps"])
+            plot_curves(ax_curves, curves, recipe, n_steps)
+            ax_curves.legend(loc="upper right")
+            figure.suptitle(f"{KEY} comes apart: step {n_steps} of {recipe['steps']}")
+
+        film = FuncAnimation(figure, draw_frame, frames=len(frames) + 30)
+        film.save(path, writer=PillowWriter(fps=10), dpi=80)
+
+
+def draw_shares(ax, shares, order):
+    n = shares.shape[1]
+    ax.pcolormesh(shares[order], cmap="Greys", vmin=0, vmax=1, edgecolor="0.85")
+    ax.set_xticks(np.arange(n) + 0.5, [f"B{i + 1}" for i in range(n)])
+    ax.set_yticks(np.arange(len(order)) + 0.5, order)
+    ax.set(xlabel="trigram A ... Bi -> Ci", ylabel="head", ylim=(len(order), 0))
+    ax.set_title("share of what all heads write")
+
+
+if __name__ == "__main__":
+    main()
