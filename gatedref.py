@@ -14,8 +14,8 @@ Parameters are dicts of arrays, and autograd differentiates every function of th
 The axes are B batch, T positions, D d_model, H heads, K d_head, G d_gate,
 V vocabulary, S sequences. An array is [B, T, D] when it has these three axes.
 Arrays may be float64, float32 or integers; integers are computed with as float64.
-An argument of the wrong type, shape or range is a ValueError that names it;
-parameters that are not a dict are a TypeError.
+An array or a number of the wrong type, shape or range is a ValueError that names it;
+what is no dict, or no function, where one is needed, is a TypeError.
 
 Source, where no other is named: Mathwin, Akar and Sharkey, "Gated Attention Blocks:
 Preliminary Progress toward Removing Attention Head Superposition", April 2024, and the
@@ -166,9 +166,7 @@ def gated_attention(params, x, *, activation=clamp):
     gate_k = _per_head(x, params["W_gate_K"], params["b_gate_K"])
     gate_scores = gate_q @ np.swapaxes(gate_k, 2, 3)  # [B, H, query, key]
     gate = activation(gate_scores)
-    if np.shape(gate) != gate_scores.shape:
-        shapes = f"{gate_scores.shape}, got {np.shape(gate)}"
-        raise ValueError(f"activation must return an array of shape {shapes}")
+    _check_gate(gate, gate_scores)
 
     gate_stages = {
         "gate_q": _heads_last(gate_q),
@@ -176,6 +174,21 @@ def gated_attention(params, x, *, activation=clamp):
         "gate_scores": gate_scores,
     }
     return {**gate_stages, **_attend({**params, **_normalise(params)}, x, gate)}
+
+
+def _check_gate(gate, gate_scores):
+    """What an activation returns must be floats, finite ones for finite ones."""
+    numbers, scores = np.asarray(getval(gate)), getval(gate_scores)
+    if numbers.shape != scores.shape or numbers.dtype.kind != "f":
+        found = f"{numbers.dtype} of shape {numbers.shape}"
+        raise ValueError(
+            f"activation must return floats of shape {scores.shape}, got {found}"
+        )
+    if not np.isfinite(numbers).all() and np.isfinite(scores).all():
+        at = _first(~np.isfinite(numbers))
+        raise ValueError(
+            f"activation must return finite numbers, got {numbers[at]} for {scores[at]}"
+        )
 
 
 def normalised(params):
@@ -303,10 +316,7 @@ def loss_and_grad(params, x, target, alpha, *, activation=clamp, p=0.6):
         return scalars["loss"], scalars
 
     gradient, scalars = grad_and_aux(objective)(params)
-    scalars = {name: getval(scalar) for name, scalar in scalars.items()}
-    for name, array in params.items():
-        gradient[name] = gradient[name].astype(array.dtype)
-    return scalars, gradient
+    return {name: getval(scalar) for name, scalar in scalars.items()}, gradient
 
 
 # ---- Models and a task ---------------------------------------------------------------
@@ -371,19 +381,24 @@ def transformer(layers, tokens, *, activation=clamp):
     every intermediate for each layer.
     """
     if not isinstance(getval(layers), (list, tuple)) or len(layers) == 0:
-        raise ValueError(f"layers must be a list of parameter dicts, got {layers!r}")
+        raise ValueError(
+            f"layers must be a list of parameter dicts, got {type(layers)}"
+        )
     checked = []
+    D = {}  # of the first layer, and so of all
     for number, layer in enumerate(layers):
         axes = GATED_BLOCK if _is_gated(layer) else BLOCK
+        sizes = dict(D)
         try:
-            checked.append(check_params(axes, layer, {}))
+            checked.append(check_params(axes, layer, sizes))
         except (TypeError, ValueError) as problem:
             raise type(problem)(f"layers[{number}]: {problem}") from None
+        D = {"D": sizes["D"]}
 
-    W_Q = getval(checked[0]["W_Q"])
-    V = W_Q.shape[1]
+    V = D["D"]
     tokens = check_tokens("tokens", tokens, "BT", V, {})
-    residual = np.eye(V, dtype=W_Q.dtype)[tokens]  # [B, T, V]
+    dtype = getval(checked[0]["W_Q"]).dtype
+    residual = np.eye(V, dtype=dtype)[tokens]  # [B, T, V]
     blocks = []
     for layer in checked:
         if _is_gated(layer):
@@ -652,7 +667,10 @@ def random_case(seed, *, B, T, H, D, K, G, value_scale=None):
     a whole number >= 0. B, T, H, D, K, G: whole numbers >= 1. value_scale: as in
     `cases`.
     """
-    params, x, target = _draw(seed, B=B, T=T, H=H, D=D, K=K, G=G)
+    sizes = {"B": B, "T": T, "H": H, "D": D, "K": K, "G": G}
+    for name, size in sizes.items():
+        sizes[name] = check_whole(name, size, 1)
+    params, x, target = _draw(seed, **sizes)
     _spread_gates(params)
     if value_scale is not None:
         params["value_scale"] = value_scale
@@ -748,18 +766,19 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     compared, and what was given but left out. ValueError: `got` has names that are not
     in `expected`, or nothing that can be compared.
     """
-    if rtol is not None:
-        rtol = check_number("rtol", rtol)
-        if not 0 <= rtol < 1:
-            raise ValueError(f"rtol must be None or in [0, 1), got {rtol}")
+    _check_rtol(rtol)
+    if not isinstance(strict, (bool, np.bool_)):
+        raise TypeError(f"strict must be True or False, got {strict!r}")
     compared, left_out = _what_to_compare(case, got, strict)
     given = _flat(got)
 
     wrong = {}
-    for name in compared:
-        problem = _problem(case, name, given[name], rtol)
-        if problem:
-            wrong[name] = problem
+    for name in _flat(case.expected):
+        if name in given:
+            tolerance = math.inf if name in left_out else rtol
+            problem = _problem(case, name, given[name], tolerance)
+            if problem:
+                wrong[name] = problem
     if wrong:
         first, *others = wrong
         message = f"{case.name}: {first}{wrong[first]}"
@@ -769,8 +788,16 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     return compared, left_out
 
 
+def _check_rtol(rtol):
+    if rtol is not None and not 0 <= check_number("rtol", rtol) < 1:
+        raise ValueError(f"rtol must be None or in [0, 1), got {rtol}")
+
+
 def _what_to_compare(case, got, strict):
-    """The names in `got` in the order of the data's flow, and those to be left out."""
+    """The names to be compared, in the order of the data's flow, and those left out.
+
+    Of what is left out the values do not count; it must be floats of the right shape.
+    """
     if not isinstance(case, Case):
         raise TypeError(f"case must be a Case, got {type(case)}")
     if not isinstance(got, dict) or not got:
@@ -788,8 +815,8 @@ def _what_to_compare(case, got, strict):
         left_out = [name for name in given if name in ambiguous]
     compared = [name for name in expected if name in given and name not in left_out]
     if not compared:
-        why = f"but for strict=True, {left_out} is left out"
-        raise ValueError(f"{case.name}: got must have something to compare: {why}")
+        why = f"only strict=True compares {left_out}" if left_out else f"got {got}"
+        raise ValueError(f"{case.name}: got must have something to compare, {why}")
     return compared, left_out
 
 
@@ -810,8 +837,8 @@ def _problem(case, name, value, rtol):
     want = _flat(case.expected)[name]
     array = _numpy(value)
     if array is None or array.dtype.kind != "f":
-        kind = type(value) if array is None else array.dtype
-        return f" must be an array of floats, got {kind}"
+        of = "" if array is None else f" of {array.dtype}"
+        return f" must be an array of floats, got {type(value)}{of}"
     if np.ndim(want) == 0 and array.shape == (1,):
         array = array[0]
     if array.shape != np.shape(want):
@@ -887,7 +914,10 @@ def check_array(name, value, axes, sizes, kinds="fiu"):
     that are new in this array are added. So an array of a wrong length is refused,
     where NumPy's broadcasting would make up a number.
     """
-    array = value if isbox(value) else np.asarray(value)
+    try:
+        array = value if isbox(value) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as problem:  # ragged, or of PyTorch
+        raise ValueError(f"{name} must be an array: {problem}") from None
     numbers = getval(array)
     if numbers.dtype.kind not in kinds:
         wanted = "integers" if kinds == "iu" else "floats or integers"
@@ -988,6 +1018,7 @@ def _main(argv=None):
     try:
         if arguments.command == "write":
             return _write_cases(arguments.file, arguments.value_scale)
+        _check_rtol(arguments.rtol)
         options = {"rtol": arguments.rtol, "strict": arguments.strict}
         return _check_results(arguments.file, arguments.value_scale, options)
     except (OSError, ValueError) as problem:
@@ -1056,12 +1087,12 @@ def _read_results(path):
     """
     results = {}
     try:
-        with np.load(path) as file:
-            for name in file.files:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            for name in arrays.files:
                 if name.endswith("/"):  # a folder, as some programs write
                     continue
                 case_name, _, stage = name.partition("/")
-                results.setdefault(case_name, {})[stage] = file[name]
+                results.setdefault(case_name, {})[stage] = arrays[name]
     except OSError:
         raise
     except Exception as problem:  # noqa: BLE001, what it is depends on the file

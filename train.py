@@ -660,7 +660,7 @@ def verdict(gated, layers, n_trigrams, seed):
 SETTINGS = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5)}  # heads, trigrams
 DESCRIPTION = """Trains three toy models whose attention heads are in superposition,
 takes each apart with a gated block, prints which heads hold which trigram before and
-after, and draws it. Takes about a minute and a half on one core."""
+after, and draws it. Takes about a minute on one core."""
 FILES = "main.json, blocks.npz, before_after.png and gates.png"
 
 
@@ -679,7 +679,7 @@ def main(argv=None):
     except (KeyboardInterrupt, FloatingPointError) as stop:
         why = str(stop) or "interrupted"
         print(f"\ntrain.py: {why}; {options.out} is as it was", flush=True)
-        return 1
+        return 130 if isinstance(stop, KeyboardInterrupt) else 1
 
     common.write_rows(options.out / "main.json", rows)
     common.write_arrays(options.out / "blocks.npz", blocks)

@@ -13,7 +13,6 @@ import numpy as np
 FIGURES = Path(__file__).resolve().parent
 QUICK_FOLDER = FIGURES / "quick"
 QUICK = {"steps": 40}  # for a smoke run of seconds, in which nothing is learnt
-SIZES = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5), "8H10T": (8, 10)}
 
 # ---- Runs, and their rows ------------------------------------------------------------
 

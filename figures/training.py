@@ -18,7 +18,7 @@ UNEXPLAINED, PENALTY = "#0072B2", "#D55E00"
 
 def main():
     options = common.parse(__doc__, n_seeds=1)
-    n_heads, n_trigrams = common.SIZES[KEY]
+    n_heads, n_trigrams = train.SETTINGS[KEY]
     recipe = {**train.RECIPE, **options.steps}
     toy_recipe = {**train.TOY, **options.steps}
     _, tokens, target = train.toy_and_record(n_heads, n_trigrams, SEED, toy_recipe)

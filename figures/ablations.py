@@ -1,0 +1,208 @@
+"""What does the recipe need? One change to it at a time, on the toys of `price`.
+
+    python -m figures.ablations     about five hours on one core
+
+Among the changes are the three activations that the authors tried in place of the clamp
+(ReLU, tanh, binary gates), and their own recipe at our number of steps and batch. None
+of these lets a gate that is stuck come back, so compare them with "stuck gates". A
+binary gate cannot be opened just as wide as a takeover needs it: no takeovers there.
+
+The last two have no gates at all. Of all heads, the k that write most at a query are
+kept, a plain form of what Lorsa does (He et al., 2025). Why not do that?
+
+The unchanged recipe, and the one with no penalty, are read from `price.json`.
+"""
+
+import json
+
+import autograd.numpy as np
+from autograd.tracer import getval
+
+import gatedref
+import train
+from figures import common, price
+
+KEYS = ("3H4T", "4H5T")
+
+
+def main():
+    options = common.parse(__doc__, n_seeds=20)
+    jobs = []
+    for key in KEYS:
+        for seed in options.seeds:
+            for variant in (*CHANGES, *TOP):
+                jobs.append({"key": key, "variant": variant, "seed": seed})
+    rows = common.run("ablations", jobs, work, options)
+
+    folder = common.QUICK_FOLDER if options.quick else common.FIGURES
+    print(table([*priced(folder, options.seeds), *rows]))
+
+
+def work(job, steps):
+    n_heads, n_trigrams = train.SETTINGS[job["key"]]
+    variant, seed = job["variant"], job["seed"]
+    toy, tokens, target = price.toy_of(job["key"], seed, steps.get("steps"))
+    recipe = {**train.RECIPE, **CHANGES.get(variant, {}), **steps}
+
+    if variant in TOP:
+        k = TOP[variant]
+        params = fit_top(k, tokens, target, n_heads, seed, recipe)
+
+        def write(x):
+            return keep_top(k, gatedref.attention(params, x)["result"])
+
+    else:
+        gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
+        activation = recipe["activation"]
+
+        def write(x):
+            return gatedref.gated_attention(gated, x, activation=activation)["result"]
+
+    return verdict(write, toy, n_trigrams, seed)
+
+
+# ---- The changes ---------------------------------------------------------------------
+
+
+def relu(scores):
+    return np.where(scores > 0, scores, 0.0)
+
+
+def tanh(scores):
+    return np.tanh(relu(scores))
+
+
+def binary(scores):
+    """1 above a half, else 0. The derivative is that of the clamp, as an estimate."""
+    clamped = gatedref.clamp(scores)
+    is_open = getval(scores) > 0.5
+    return clamped + (is_open - getval(clamped))
+
+
+OUR_LENGTH = {"steps": train.RECIPE["steps"], "batch": train.RECIPE["batch"]}
+CHANGES = {
+    "published recipe": {**train.PUBLISHED, **OUR_LENGTH},
+    "published objective": {"value_scale": None},
+    "no takeover": {"takeovers": False},
+    "p = 0.4": {"p": 0.4},
+    "p = 1": {"p": 1.0},
+    "p = 2": {"p": 2.0},
+    "as many heads as the toy": {"heads": 1},
+    "three times the heads": {"heads": 3},
+    "d_head 1": {"d_head": 1},
+    "d_gate 1": {"d_gate": 1},
+    "stuck gates": {"activation": gatedref.clamp},
+    "ReLU": {"activation": relu},
+    "tanh": {"activation": tanh},
+    "binary gates, no takeover": {"activation": binary, "takeovers": False},
+}
+
+
+# ---- Top-k in place of gates ---------------------------------------------------------
+
+TOP = {"top-1, no gates": 1, "top-2, no gates": 2}
+
+
+def fit_top(k, tokens, target, n_heads, seed, recipe):
+    """An ungated block with spare heads, trained while k heads are kept at a query."""
+    V = target.shape[2]
+    start = gatedref.init_params(recipe["heads"] * n_heads, V, recipe["d_head"], seed)
+    rng = np.random.default_rng([seed, 4])
+    variance = train.variance_of(target)
+
+    def objective(params):
+        batch = rng.integers(len(tokens), size=recipe["batch"])
+        x = np.eye(V)[tokens[batch]]
+        kept = keep_top(k, gatedref.attention(params, x)["result"])
+        mse = np.mean((np.sum(kept, axis=2) - target[batch]) ** 2)
+        loss = mse / variance
+        return loss, {"loss": loss}
+
+    params, _ = train.fit(objective, start, recipe)
+    return params
+
+
+def keep_top(k, result):
+    """What the k heads write that write most at each query, and 0 for the others."""
+    norms = np.linalg.norm(getval(result), axis=3)  # [B, T, H]
+    least = np.sort(norms, axis=2)[:, :, -k]  # of those that are kept
+    is_kept = norms >= least[:, :, None]
+    return result * is_kept[..., None]
+
+
+# ---- The verdict, and the table ------------------------------------------------------
+
+
+def verdict(write, toy, n_trigrams, seed):
+    """The verdict of `train.verdict`, of a block that is no plain gated one.
+
+    write(x) -> what each head writes, [B, T, H, V], for tokens x one-hot, [B, T, V]. Of
+    top-k that is what is kept: for `holders`, too, a head that is not kept writes 0,
+    and taking heads away lets no other one in.
+    """
+    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed)[3])
+    tokens = task["tokens"]
+    x = np.eye(2 * n_trigrams + 2)[tokens]
+    result = np.concatenate([write(x[part]) for part in train.in_parts(tokens)])
+    attn_out = np.sum(result, axis=2)
+    says = np.argmax(x + attn_out, axis=2)  # [S, T]
+
+    found = found_in(result, says, task)
+    target = train.written([toy], tokens)
+    mse = np.mean((attn_out - target) ** 2)
+    return {
+        "apart": train.is_apart(found),
+        "share": train.share_of(found),
+        "unexplained": float(mse / train.variance_of(target)),
+        "fires_without_A": sum(found["fires"]),
+        "holders": found["holders"],
+        "accuracy": found["accuracy"],
+    }
+
+
+def found_in(result, says, task):
+    """What `train.judge` and `train.fires_without_A` find, for each answer."""
+    found = {"accuracy": [], "holders": [], "shares": [], "fires": []}
+    for answer in np.unique(task["answers"])[1:]:  # the first is -1, where none is due
+        at = task["answers"] == answer
+        complete = result[at]  # [N, H, V]
+        some = complete[:1000]
+        held_by = gatedref.holders(some, np.full(len(some), answer))
+        found["holders"].append(held_by)
+        found["accuracy"].append(float(np.mean(says[at] == answer)))
+        found["shares"].append(np.mean(train.shares_of(complete), axis=0))
+
+        lead = train.mean_lead(complete, answer)  # [H]
+        lead_without_A = train.mean_lead(result[task["lures"] == answer], answer)
+        alone = train.singles([held_by])[0]
+        is_fired = lead_without_A[alone] > 0.5 * lead[alone]
+        found["fires"].append(len(alone) > 0 and bool(np.all(is_fired)))
+    return found
+
+
+def priced(folder, seeds):
+    """The rows of `price` that belong here, under the names that they have here."""
+    path = folder / "price.json"
+    if not path.exists():
+        print(f"without the unchanged recipe, since there is no {path}")
+        return []
+    names = {price.DEFAULT: "this recipe", "alpha 0": "no penalty"}
+    rows = []
+    for row in json.loads(path.read_text()):
+        is_same_toy = row["key"] in KEYS and row["seed"] in seeds
+        if is_same_toy and row["variant"] in names:
+            rows.append({**row, "variant": names[row["variant"]]})
+    return rows
+
+
+def table(rows):
+    lines = []
+    for key in KEYS:
+        mine = [row for row in rows if row["key"] == key]
+        for (variant,), group in common.grouped(mine, "variant").items():
+            lines.append([key, variant, *common.rates(group)])
+    return common.table(["setting", "variant", *common.RATES], lines)
+
+
+if __name__ == "__main__":
+    main()

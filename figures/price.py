@@ -1,0 +1,141 @@
+"""What does separation cost? Each setting at six alphas, on twenty toys each.
+
+    python -m figures.price         about two hours on one core
+
+A weaker alpha leaves less of the toy's output unexplained, and fewer blocks apart. How
+little could be left by any block in which one head does all the work of a query token?
+That is the *floor*, and is found for each toy by fixing the gates: head i is open for
+query token i, at every key, and for no other; nothing is charged for.
+"""
+
+from functools import lru_cache
+
+import autograd.numpy as np
+
+import gatedref
+import train
+from figures import common
+
+ALPHAS = (10, 5, train.RECIPE["alpha"], 1, 0.25, 0)
+FLOOR = "floor"
+DEFAULT = f"alpha {train.RECIPE['alpha']:g}"
+COLOURS = {"2H3T": "#0072B2", "3H4T": "#D55E00", "4H5T": "#009E73"}
+
+
+def main():
+    options = common.parse(__doc__, n_seeds=20)
+    jobs = []
+    for key in train.SETTINGS:
+        for seed in options.seeds:
+            for alpha in ALPHAS:
+                variant = f"alpha {alpha:g}"
+                jobs.append(
+                    {"key": key, "variant": variant, "seed": seed, "alpha": alpha}
+                )
+            jobs.append({"key": key, "variant": FLOOR, "seed": seed})
+    rows = common.run("price", jobs, work, options)
+    print("\n\n".join(tables_of(rows)))
+    draw(options.out / "price.png", rows)
+
+
+def work(job, steps):
+    n_heads, n_trigrams = train.SETTINGS[job["key"]]
+    seed = job["seed"]
+    toy, tokens, target = toy_of(job["key"], seed, steps.get("steps"))
+    if job["variant"] == FLOOR:
+        return {"unexplained": floor(toy, tokens, target, seed, steps)}
+    recipe = {**train.RECIPE, "alpha": job["alpha"], **steps}
+    gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
+    return common.row_of(train.verdict(gated, [toy], n_trigrams, seed))
+
+
+@lru_cache(maxsize=1)
+def toy_of(key, seed, n_steps=None):
+    """The toy of a seed, and what a gated block learns from; see `toy_and_record`."""
+    recipe = train.TOY if n_steps is None else {**train.TOY, "steps": n_steps}
+    return train.toy_and_record(*train.SETTINGS[key], seed, recipe)
+
+
+def floor(toy, tokens, target, seed, steps):
+    """The least that is left unexplained by a block with one head a query token."""
+    V = target.shape[2]
+    recipe = {**train.RECIPE, **steps}
+    start = gatedref.init_params(V, V, recipe["d_head"], seed)
+    fixed = {
+        "W_gate_Q": np.eye(V)[
+            :, :, None
+        ],  # [H, V, 1]: head i is open for query token i
+        "b_gate_Q": np.zeros((V, 1)),
+        "W_gate_K": np.zeros((V, V, 1)),
+        "b_gate_K": np.ones((V, 1)),
+        "value_scale": recipe["value_scale"] * np.max(np.abs(target)),
+    }
+    rng = np.random.default_rng([seed, 3])
+    variance = train.variance_of(target)
+
+    def objective(params):
+        batch = rng.integers(len(tokens), size=recipe["batch"])
+        x = np.eye(V)[tokens[batch]]
+        scalars = gatedref.loss({**params, **fixed}, x, target[batch], 0)
+        loss = scalars["mse"] / variance
+        return loss, {"loss": loss}
+
+    params, _ = train.fit(objective, start, recipe)
+    n_trigrams = (V - 2) // 2
+    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed)[3])
+    fresh = task["tokens"]
+    return train.unexplained({**params, **fixed}, fresh, train.written([toy], fresh))
+
+
+def tables_of(rows):
+    return [default_table(rows), alphas_table(rows)]
+
+
+def default_table(rows):
+    """How the recipe as it stands does, beside the floors of the same toys."""
+    groups = common.grouped(rows, "key", "variant")
+    lines = []
+    for key in train.SETTINGS:
+        runs = groups[key, DEFAULT]
+        floors = [row["unexplained"] for row in groups[key, FLOOR]]
+        ratios = [run["unexplained"] / least for run, least in zip(runs, floors)]
+        least, ratio = np.median(floors), np.median(ratios)
+        lines.append((key, *common.rates(runs), f"{least:.4f}", f"{ratio:.2f}"))
+    return common.table(("setting", *common.RATES, "floor", "times the floor"), lines)
+
+
+def alphas_table(rows):
+    lines = []
+    for (key, variant), runs in common.grouped(rows, "key", "variant").items():
+        if variant != FLOOR:
+            lines.append((key, variant.removeprefix("alpha "), *common.rates(runs)))
+    return common.table(("setting", "alpha", *common.RATES), lines)
+
+
+def draw(path, rows):
+    panels = [("apart", np.mean), ("share", np.mean), ("unexplained", np.median)]
+    groups = common.grouped(rows, "key", "variant")
+    title = "What separation costs: a stronger alpha to the left"
+    with common.picture(path, title, 3.6, 1, 3) as axes:
+        for ax, (name, average) in zip(axes[0], panels):
+            for key in train.SETTINGS:
+                runs = [groups[key, f"alpha {alpha:g}"] for alpha in ALPHAS]
+                heights = [average([row[name] for row in group]) for group in runs]
+                ax.plot(heights, "o-", color=COLOURS[key], label=key)
+            ax.set_xticks(range(len(ALPHAS)), [f"{alpha:g}" for alpha in ALPHAS])
+            ax.axvline(ALPHAS.index(train.RECIPE["alpha"]), color="0.7", linestyle=":")
+            ax.set(xlabel="alpha (dotted: the default)", ylim=(0, 1.03))
+        axes[0, 0].set_ylabel("part of the runs that come apart (up is good)")
+        axes[0, 1].set_ylabel("mean share (up is good)")
+        ax = axes[0, 2]
+        for key, colour in COLOURS.items():
+            least = np.median([row["unexplained"] for row in groups[key, FLOOR]])
+            ax.axhline(least, color=colour, linestyle="--", linewidth=1)
+        ax.plot([], [], color="0.3", linestyle="--", label="floor")
+        ax.set(
+            ylabel="unexplained, median (down is good)", yscale="log", ylim=(1e-4, 1)
+        )
+
+
+if __name__ == "__main__":
+    main()
