@@ -190,7 +190,7 @@ def take_over(params, look, frequency, p, reach, write=None):
     return params
 
 
-def survey(gated, tokens):
+def survey(gated, tokens, activation=gatedref.clamp):
     """What the heads of a gated block do at each pair of a query token and a key token.
 
     Over the sequences `tokens` [S, T]. Returns `gate` [H, V, V]; `pattern` [H, V, V],
@@ -205,7 +205,8 @@ def survey(gated, tokens):
     n_queries = np.sum(x, axis=(0, 1))
     mean_pattern = summed / np.maximum(n_queries, 1)[:, None]
 
-    all_pairs = gatedref.gated_attention(gated, one_hot[None])  # each token once
+    each_token_once = one_hot[None]
+    all_pairs = gatedref.gated_attention(gated, each_token_once, activation=activation)
     gate = all_pairs["gate"][0]
     v = np.swapaxes(all_pairs["v"][0], 0, 1)  # [H, V, K]
     value = v @ gatedref.normalised(gated)["W_O"]  # [H, key, D]
@@ -354,7 +355,7 @@ def takeover_of(tokens, V, fixed, recipe, rng):
 
     def look(params):
         some = tokens[rng.integers(len(tokens), size=500)]
-        return survey({**params, **fixed}, some)
+        return survey({**params, **fixed}, some, recipe["activation"])
 
     def let_take_over(params):
         return take_over(params, look, frequency, recipe["p"], reach)
@@ -506,7 +507,11 @@ def judge(layers, tokens, answers):
     tokens = gatedref.check_array("tokens", tokens, "ST", sizes, kinds="iu")
     answers = gatedref.check_array("answers", answers, "ST", sizes, kinds="iu")
     results, logits = results_where(layers, tokens, answers >= 0)
-    due = answers[answers >= 0]  # [N]
+    return judge_results(results, logits, answers[answers >= 0])
+
+
+def judge_results(results, logits, due):
+    """The dict of `judge`, from what heads write [N, H, V], logits [N, V], due [N]."""
     shares = shares_of(results)  # [N, H]
     is_right = np.argmax(logits, axis=1) == due
 
@@ -586,6 +591,12 @@ def fires_without_A(layers, tokens, answers, lures, holders):
     lured, _ = results_where(layers, tokens, lures >= 0)
     due = answers[answers >= 0]
     lure = lures[lures >= 0]
+    return results_without_A(complete, due, lured, lure, holders)
+
+
+def results_without_A(complete, due, lured, lure, holders):
+    """The list of `fires_without_A`, from what heads write [N, H, V] at each answer due
+    [N], and at each lure [N]."""
     fires = []
     for answer, heads in zip(np.unique(due), singles(holders)):
         lead = mean_lead(complete[due == answer], answer)  # [H]

@@ -35,7 +35,7 @@ def main():
     rows = common.run("ablations", jobs, work, options)
 
     folder = common.QUICK_FOLDER if options.quick else common.FIGURES
-    print(table([*priced(folder, options.seeds), *rows]))
+    print(*tables_of([*priced(folder, options.seeds), *rows]))
 
 
 def work(job, steps):
@@ -145,39 +145,19 @@ def verdict(write, toy, n_trigrams, seed):
     x = np.eye(2 * n_trigrams + 2)[tokens]
     result = np.concatenate([write(x[part]) for part in train.in_parts(tokens)])
     attn_out = np.sum(result, axis=2)
-    says = np.argmax(x + attn_out, axis=2)  # [S, T]
-
-    found = found_in(result, says, task)
     target = train.written([toy], tokens)
     mse = np.mean((attn_out - target) ** 2)
-    return {
-        "apart": train.is_apart(found),
-        "share": train.share_of(found),
-        "unexplained": float(mse / train.variance_of(target)),
-        "fires_without_A": sum(found["fires"]),
-        "holders": found["holders"],
-        "accuracy": found["accuracy"],
-    }
 
-
-def found_in(result, says, task):
-    """What `train.judge` and `train.fires_without_A` find, for each answer."""
-    found = {"accuracy": [], "holders": [], "shares": [], "fires": []}
-    for answer in np.unique(task["answers"])[1:]:  # the first is -1, where none is due
-        at = task["answers"] == answer
-        complete = result[at]  # [N, H, V]
-        some = complete[:1000]
-        held_by = gatedref.holders(some, np.full(len(some), answer))
-        found["holders"].append(held_by)
-        found["accuracy"].append(float(np.mean(says[at] == answer)))
-        found["shares"].append(np.mean(train.shares_of(complete), axis=0))
-
-        lead = train.mean_lead(complete, answer)  # [H]
-        lead_without_A = train.mean_lead(result[task["lures"] == answer], answer)
-        alone = train.singles([held_by])[0]
-        is_fired = lead_without_A[alone] > 0.5 * lead[alone]
-        found["fires"].append(len(alone) > 0 and bool(np.all(is_fired)))
-    return found
+    at, lured = task["answers"] >= 0, task["lures"] >= 0
+    due, lure = task["answers"][at], task["lures"][lured]
+    found = train.judge_results(result[at], (x + attn_out)[at], due)
+    held_by = found["holders"]
+    fires = train.results_without_A(result[at], due, result[lured], lure, held_by)
+    found["apart"] = train.is_apart(found)
+    found["share"] = train.share_of(found)
+    found["unexplained"] = float(mse / train.variance_of(target))
+    found["fires_without_A"] = sum(fires)
+    return common.row_of(found)
 
 
 def priced(folder, seeds):
@@ -195,13 +175,13 @@ def priced(folder, seeds):
     return rows
 
 
-def table(rows):
+def tables_of(rows):
     lines = []
     for key in KEYS:
         mine = [row for row in rows if row["key"] == key]
         for (variant,), group in common.grouped(mine, "variant").items():
             lines.append([key, variant, *common.rates(group)])
-    return common.table(["setting", "variant", *common.RATES], lines)
+    return [common.table(["setting", "variant", *common.RATES], lines)]
 
 
 if __name__ == "__main__":
