@@ -14,8 +14,8 @@ Parameters are dicts of arrays, and autograd differentiates every function of th
 The axes are B batch, T positions, D d_model, H heads, K d_head, G d_gate,
 V vocabulary, S sequences. An array is [B, T, D] when it has these three axes.
 Arrays may be float64, float32 or integers; integers are computed with as float64.
-An array or a number of the wrong type, shape or range is a ValueError that names it;
-what is no dict, or no function, where one is needed, is a TypeError.
+An array or a number of the wrong type, shape or range is a ValueError that names the
+argument; an argument that should be a dict or a function, and is not, is a TypeError.
 
 Source, where no other is named: Mathwin, Akar and Sharkey, "Gated Attention Blocks:
 Preliminary Progress toward Removing Attention Head Superposition", April 2024, and the
@@ -177,7 +177,7 @@ def gated_attention(params, x, *, activation=clamp):
 
 
 def _check_gate(gate, gate_scores):
-    """What an activation returns must be floats, finite ones for finite ones."""
+    """What an activation returns must be floats, and finite if all scores are."""
     numbers, scores = np.asarray(getval(gate)), getval(gate_scores)
     if numbers.shape != scores.shape or numbers.dtype.kind != "f":
         found = f"{numbers.dtype} of shape {numbers.shape}"
@@ -326,9 +326,10 @@ def init_params(n_heads, d_model, d_head, seed=0, d_gate=None):
     """Random parameters of a block; of a gated block where `d_gate` is given.
 
     `W_*` and `b_*` are Xavier-normal, as published: normal with a standard deviation of
-    sqrt(2 / (fan_in + fan_out)), where PyTorch counts fan_in = b c and fan_out = a c
-    for a shape [a, b, c], and b and a for [a, b]. `W_gate_*`, taken as a matrix [H, D
-    G], has orthonormal rows (columns, where H > D G). `b_gate_*` is 0.
+    sqrt(2 / (fan_in + fan_out)). As PyTorch counts, fan_in is the length of the second
+    axis and fan_out that of the first, each times the length of a third axis.
+    `W_gate_*`, taken as a matrix [H, D G], has orthonormal rows (columns, where H > D
+    G). `b_gate_*` is 0.
 
     n_heads, d_model, d_head, d_gate: whole numbers >= 1. seed: a whole number >= 0;
     both kinds of block get the same `W_*` and `b_*` from one seed.
@@ -417,9 +418,9 @@ def _is_gated(params):
 def sample_skip_trigrams(n_trigrams, n_sequences, n_positions=11, seed=0):
     """Sequences of skip trigrams A ... B_i -> C_i, for i = 1 to n.
 
-    After an A, the next B of kind i is followed by the C of kind i. There are V = 2 n +
-    2 tokens: 0 is A, i is B_i, i + n is C_i, and 2 n + 1 is BOS, which comes first.
-    Then tokens are drawn from left to right:
+    The first B after an A is followed by its own C, B_i by C_i. There are V = 2 n + 2
+    tokens: 0 is A, i is B_i, i + n is C_i, and 2 n + 1 is BOS, which comes first. Then
+    tokens are drawn from left to right:
 
         uniformly over all V tokens, until an A is drawn;
         then uniformly over all but A, until a B is drawn, say B_i;
@@ -442,8 +443,9 @@ def sample_skip_trigrams(n_trigrams, n_sequences, n_positions=11, seed=0):
     completes = np.zeros((S, T), dtype=bool)
     armed = np.zeros(S, dtype=bool)  # an A was drawn, and no B since
     for t in range(1, T):
-        drawn = rng.integers(armed, 2 * n + 2)  # from 1 up where armed, else from 0
-        forced = tokens[:, t - 1] + n
+        lowest = armed.astype(int)  # no A, which is 0, while armed
+        drawn = rng.integers(lowest, 2 * n + 2)
+        forced = tokens[:, t - 1] + n  # the C of a B before
         tokens[:, t] = np.where(completes[:, t - 1], forced, drawn)
 
         is_B = (tokens[:, t] >= 1) & (tokens[:, t] <= n)
@@ -455,24 +457,24 @@ def sample_skip_trigrams(n_trigrams, n_sequences, n_positions=11, seed=0):
 def handmade_superposition(n_trigrams):
     """Two heads with d_head 1 that complete n trigrams together, without any training.
 
-    Trigram i has the angle a_i = (i - 1/2) / n * 90 degrees. Head 0 has a factor of
-    cos(a_i) for it, head 1 of sin(a_i), and the factor enters twice: a head looks at A
-    with a weight of 1e-6 * factor_i from the query B_i (1e-12 from any other token,
-    where every other key has a weight of 1), and what it writes on C_j is 1e8 *
-    factor_j times that. So at B_i, with m other keys, the heads write on C_j
+    Trigram i has the angle a_i = (i - 1/2) / n * 90 degrees. Its factor is cos(a_i) for
+    head 0 and sin(a_i) for head 1, and enters twice. At the query B_i a head gives A
+    the weight 1e-6 * factor_i, where any other key has the weight 1. With m other keys,
+    A's part of the pattern is then about 1e-6 / m * factor_i. (At other queries the
+    weight is 1e-12, and next to nothing is written.) The value at A is 1e8, and W_O
+    multiplies it by factor_j on C_j. So the two heads together write on C_j
 
-        100 / m * (cos(a_i) cos(a_j) + sin(a_i) sin(a_j)) = 100 / m * cos(a_i - a_j)
+        100 / m * (cos(a_i) cos(a_j) + sin(a_i) sin(a_j)) = 100 / m * cos(a_i - a_j),
 
-    together, which is largest for j = i. Alone, head 0 writes most on C_1 whatever the
-    query, and head 1 on C_n. So they hold the first trigram and the last; all others
-    are distributed. n_trigrams: a whole number >= 2. Returns `attention` parameters, D
-    = V.
+    which is largest for j = i. Alone, head 0 writes most on C_1 whatever the query is,
+    and head 1 on C_n. So they hold the first trigram and the last, and all others are
+    distributed. n_trigrams: a whole number >= 2. Returns `attention` parameters, D = V.
     """
     n = check_whole("n_trigrams", n_trigrams, 2)
     angles = (np.arange(n) + 0.5) / n * np.pi / 2
     factors = np.stack([np.cos(angles), np.sin(angles)])  # [H, n]
 
-    params = init_params(2, 2 * n + 2, 1)
+    params = init_params(2, 2 * n + 2, 1)  # for the shapes
     params = {name: np.zeros_like(array) for name, array in params.items()}
     params["W_Q"][:, :, 0] = math.log(1e-12)  # the score of A, for any query
     params["W_Q"][:, 1 : n + 1, 0] = np.log(1e-6 * factors)
@@ -488,28 +490,28 @@ def handmade_superposition(n_trigrams):
 def holders(result, answers, threshold=0.99):
     """The smallest sets of heads that hold an answer.
 
-    A set A of heads *holds* an answer when A says it whatever other heads are removed:
-    for every set R of heads that contains A, np.argmax over V of (sum over R of result)
-    is the answer; for all R at once, on more than `threshold` of the sequences. An
-    answer that is right, and that no single head holds, is *distributed*: in
-    superposition.
+    A group of heads *holds* an answer when it is enough, whatever other heads are
+    removed: for every set of remaining heads that contains the group, np.argmax over V
+    of what the remaining heads write, summed, is the answer. This must be so for all
+    sets at once, on more than `threshold` of the sequences. An answer that is right,
+    and that no single head holds, is *distributed*: it is in superposition.
 
-    Not every R has to be tried. The lead of head h over a rival token c is
+    Not every set has to be tried. The lead of head h over a rival token c is
 
         m_h = result_h[answer] - result_h[c].
 
-    The worst R for the answer has, beside A, just the heads whose lead is negative. So
-    A holds the answer where, for every rival c,
+    The worst set for the answer has, beside the group, just the heads whose lead is
+    negative. So the group holds the answer where, for every rival c,
 
-        sum over h in A of max(m_h, 0)  >  sum over all h of max(-m_h, 0):
+        sum over the group of max(m_h, 0)  >  sum over all heads of max(-m_h, 0):
 
-    A pushes the answer further up than all heads that push the rival, A's own included.
+    it pushes the answer further up than all heads, its own included, push the rival.
     (>= where c comes after the answer: np.argmax takes the first of equals.) A sum is
-    linear in how far each head is turned down, so its worst case is a head wholly on or
-    wholly off, and heads that are only turned down are covered too.
+    linear in how far each head is turned down. So the worst case is always a head that
+    is wholly on or wholly off, and heads that are only turned down are covered too.
 
-    The published rule, for one head, differs in one thing: R is never all the heads,
-    and whether all heads together are right is tested by itself.
+    The published rule, for one head, always removes at least one other head. It tests
+    separately whether all heads together are right.
 
     It costs a pass over `result` for every set of heads up to the size that holds: with
     16 heads 65,535 sets at most, with 24 or more too many, unless a small set holds.
@@ -531,17 +533,18 @@ def holders(result, answers, threshold=0.99):
     against = np.sum(np.maximum(-lead, 0), axis=1)  # [S, V]
     wins_ties = np.arange(V) >= answers[:, None]  # the answer itself is 0 against 0
 
-    def holds(heads):
-        pushed = np.sum(push[:, heads], axis=1)
+    def holds(group):
+        pushed = np.sum(push[:, group], axis=1)
         right = (pushed > against) | ((pushed == against) & wins_ties)
         return np.mean(np.all(right, axis=1)) > threshold
 
     if not holds(range(H)):  # then no fewer heads do: each adds to the left side only
         return []
     for size in range(1, H + 1):
-        sets = [A for A in itertools.combinations(range(H), size) if holds(A)]
-        if sets:
-            return sets
+        groups = itertools.combinations(range(H), size)
+        holding = [group for group in groups if holds(group)]
+        if holding:
+            return holding
 
 
 # ---- The conformance kit: is another implementation right, and if not, where? --------

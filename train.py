@@ -8,7 +8,7 @@ penalty on its gates (L0.6) makes each trigram the work of one head.
 
 The file is meant to be read from top to bottom: the recipe; the optimiser; the
 takeover; `take_apart`, which puts them together; the toy; what a model does; the main
-job. The maths of the method is in `gatedref.py`, and is what is differentiated here.
+job. The formulas are those of `gatedref.py`, and autograd differentiates them.
 """
 
 import argparse
@@ -16,11 +16,12 @@ import itertools
 import os
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 if __name__ == "__main__":
-    # The command, and it alone, keeps BLAS to one thread: more do not pay for arrays so
-    # small. It has to say so before NumPy is loaded.
+    # As a command, and only then, keep BLAS to one thread: for arrays as small as these
+    # more threads do not help. This must be set before NumPy is loaded.
     for library in ("OPENBLAS", "OMP", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
@@ -71,12 +72,12 @@ RECIPE = {
     "steps": 1600,
     "batch": 40,  # sequences
     "rate": 0.01,
-    "legs": (1.0, 1.0, 1.0, 0.3, 0.1),  # equal parts of the steps: each one's * rate
+    "legs": (1.0, 1.0, 1.0, 0.3, 0.1),  # of the rate, for equal parts of the steps
 }
 
-# The post's, in the same words. It has an alpha for each setting, not in units of the
-# variance: in these units 1.9 for 2H3T, 0.38 for 3H4T, 1.2 for 4H5T. The rate is 0.0005
-# for the first two. Its batches are drawn once, 100 of them, and used in turn.
+# The post's recipe for 4H5T, in the same words. Of the others, 2H3T has an alpha of 1.9
+# in units of the variance, 3H4T one of 0.38, and both a rate of 0.0005. The post goes
+# through the same 100 batches again and again; `take_apart` draws each anew.
 PUBLISHED = {
     "heads": 2,
     "d_head": 1,
@@ -99,13 +100,13 @@ TOY = {"steps": 1500, "batch": 40, "rate": 0.05, "legs": (1.0, 1.0, 1.0, 0.3, 0.
 
 
 def fit(objective, params, recipe, *, between=None, watch=None):
-    """Adam on a loss. objective(params) -> the loss, and a dict of scalars to be kept.
+    """Minimises a loss by Adam. Returns the parameters, and the scalars of each step.
 
-    recipe: `steps`, `rate` and `legs`. Each leg is an equal part of the steps with an
-    Adam of its own, whose rate is the leg's number times `rate`. Between two legs
-    params = between(params). watch(done, params) is called a hundred times or so, with
-    the part of the steps that is done. Returns the parameters, and the scalars of each
-    step.
+    objective(params) returns the loss, and a dict of scalars, `loss` among them.
+    recipe: `steps`, `rate` and `legs`. Each leg is an equal part of the steps; Adam
+    starts afresh in it, and its rate is `rate` times the leg's number. Between two legs
+    the parameters become between(params). watch(done, params) is called a hundred times
+    or so, with the fraction of the steps that is done.
 
     FloatingPointError: the loss or a parameter is not finite any more.
     """
@@ -126,7 +127,7 @@ def fit(objective, params, recipe, *, between=None, watch=None):
     for number, leg in enumerate(recipe["legs"], 1):
         n_steps = recipe["steps"] * number // len(recipe["legs"]) - len(curves)
         rate = leg * recipe["rate"]
-        with np.errstate(over="ignore", invalid="ignore"):  # what diverges is told
+        with np.errstate(over="ignore", invalid="ignore"):  # check_finite tells
             flat = adam(downhill, flat, num_iters=n_steps, step_size=rate)
         check_finite(flat, len(curves))
         if between is not None and number < len(recipe["legs"]):
@@ -149,18 +150,19 @@ def check_finite(numbers, step):
 
 
 def take_over(params, look, frequency, p, reach, write=None):
-    """Spare heads take over the (query, key) pairs of tokens that are dearest to share.
+    """Spare heads take over the (query, key) pairs of tokens most expensive to share.
 
-    Again and again: find the pair where one head in place of all would save most of the
-    penalty. Let the head whose gates cost least drop its old job, and write there what
-    all heads write there together, through a gate just wide enough; close the others'
-    gates there. Stop when this would save less than that head's own gates cost. (Dead
-    neurons of sparse autoencoders are resampled in a like manner: Bricken et al.,
-    2023.)
+    The head whose gates cost least is the next to take over. It is given the pair where
+    one head in place of all would save most of the penalty. It drops its old job, and
+    writes there what all heads write there together, through a gate that is just wide
+    enough; the other heads' gates are closed there. This is repeated until it would
+    save less than the head's own gates cost. (Idle neurons of sparse autoencoders are
+    resampled similarly: Bricken et al., 2023.)
 
-    look(params) -> `gate`, `pattern`, `written`, as `survey` has them. frequency [V,
+    look(params): returns `gate`, `pattern` and `written`, like `survey`. frequency [V,
     V]: see `pair_frequency`. p: of the penalty. reach: the norm that a head can write
-    through a gate of 1. write: by default `write_vector`. Returns the new parameters.
+    through a gate of 1. write: `write_vector`, or a function like it. Returns the new
+    parameters.
     """
     if write is None:
         write = write_vector
@@ -201,7 +203,7 @@ def survey(gated, tokens, activation=gatedref.clamp):
     x = one_hot[tokens]  # [S, T, V]
     pattern = gatedref.gated_attention(gated, x)["pattern"]  # [S, H, query, key]
     to_token = pattern @ x[:, None]  # [S, H, query, V]
-    summed = np.einsum("stq,shtk->hqk", x, to_token)
+    summed = np.einsum("stu,shtv->huv", x, to_token)  # u: query token, v: key token
     n_queries = np.sum(x, axis=(0, 1))
     mean_pattern = summed / np.maximum(n_queries, 1)[:, None]
 
@@ -232,7 +234,10 @@ def cost_of(head, gate, frequency, p):
 
 
 def close_gates(params, query, key):
-    """Brings gate scores above 0 at a pair to 0, by the least change of `W_gate_Q`."""
+    """Brings gate scores above 0 at a pair to 0, by the least change of `W_gate_Q`.
+
+    The gates from the same query to other keys change as well. Training mends that.
+    """
     gate_q = params["W_gate_Q"][:, query] + params["b_gate_Q"]  # [H, G]
     gate_k = params["W_gate_K"][:, key] + params["b_gate_K"]
     excess = np.maximum(np.sum(gate_q * gate_k, axis=1), 0)
@@ -255,9 +260,10 @@ def write_vector(params, head, key, wanted):
 
 
 def open_gate(params, head, query, key, width):
-    """Gives a head a gate of this width at one pair, and scores of -0.01 elsewhere.
+    """Gives a head a gate of this width at one pair, and closes it elsewhere.
 
-    (With d_gate 1 the scores elsewhere are 0: it takes a second column to lower them.)
+    Elsewhere the score is -0.01 for each column of the gate after the first (0, if
+    there is only one).
     """
     for name in gatedref.GATE:
         params[name][head] = 0
@@ -345,11 +351,10 @@ def objective_of(tokens, target, fixed, recipe, rng):
 
 
 def takeover_of(tokens, V, fixed, recipe, rng):
-    """The function by which parameters go through `take_over`, for `fit`."""
+    """The function that `fit` calls between two legs: it applies `take_over`."""
     frequency = pair_frequency(tokens, V)
-    reach = recipe[
-        "d_head"
-    ]  # the columns of a head may be alike, and then it writes so far
+    # All columns of a head may write in the same direction; their lengths then add up.
+    reach = recipe["d_head"]
     if fixed:
         reach = recipe["d_head"] * fixed["value_scale"]
 
@@ -380,9 +385,7 @@ def variance_of(target):
 def check_recipe(recipe):
     if not isinstance(recipe, dict):
         raise TypeError(f"recipe must be a dict like RECIPE, got {type(recipe)}")
-    wrong = [
-        name for name in [*RECIPE, *recipe] if (name in recipe) != (name in RECIPE)
-    ]
+    wrong = sorted(set(recipe) ^ set(RECIPE), key=str)  # in one, but not in both
     if wrong:
         change = "a change is written {**RECIPE, 'steps': 3000}"
         raise ValueError(
@@ -433,7 +436,7 @@ def train_toy(n_heads, n_trigrams, seed, recipe=TOY, *, n_layers=1, watch=None):
 
     start = []
     for layer in range(n_layers):
-        start.append(gatedref.init_params(n_heads, V, 1, seeds_of(seed, layer)[0]))
+        start.append(gatedref.init_params(n_heads, V, 1, seeds_of(seed, layer).toy))
     layers, _ = fit(objective, start, recipe, watch=watch)
     return layers
 
@@ -447,9 +450,13 @@ def cross_entropy(logits, answers):
     return np.mean(log_sum - np.sum(logits * answers, axis=-1))
 
 
+Seeds = namedtuple("Seeds", "toy selection recording verdict")
+
+
 def seeds_of(*numbers):
-    """Four independent seeds from a run's seed and what else tells it from others."""
-    return [int(seed) for seed in np.random.SeedSequence(numbers).generate_state(4)]
+    """Four independent seeds, made from these numbers."""
+    states = np.random.SeedSequence(numbers).generate_state(4)
+    return Seeds(*[int(state) for state in states])
 
 
 # ---- What a model does ---------------------------------------------------------------
@@ -622,16 +629,18 @@ def toy_and_record(n_heads, n_trigrams, seed, recipe=TOY, watch=None):
     while at least one trigram is distributed. (In a short run any toy will do.) Returns
     its parameters, 5,000 sequences of tokens, and what its attention writes on them.
     """
-    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed)[1])
+    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed).selection)
     for draw in itertools.count():
-        draw_seed = seeds_of(seed, draw)[0]
+        draw_seed = seeds_of(seed, draw).toy
         layers = train_toy(n_heads, n_trigrams, draw_seed, recipe, watch=watch)
         found = judge(layers, task["tokens"], task["answers"])
         is_right = min(found["accuracy"]) > 0.998
         is_distributed = [] in singles(found["holders"])
         if (is_right and is_distributed) or recipe["steps"] < TOY["steps"]:
             break
-    tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=seeds_of(seed)[2])
+    tokens, _ = gatedref.sample_skip_trigrams(
+        n_trigrams, 5000, seed=seeds_of(seed).recording
+    )
     return layers[0], tokens, written(layers, tokens)
 
 
@@ -650,7 +659,7 @@ def verdict(gated, layers, n_trigrams, seed):
     Returns a dict: what `judge` found of it, and `apart`, `share`, `unexplained`, and
     `fires_without_A`, for how many trigrams.
     """
-    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed)[3])
+    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed).verdict)
     tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
     found = judge([gated], tokens, answers)
     some = slice(2000)  # of the sequences: a mean needs no more
@@ -695,7 +704,7 @@ def main(argv=None):
     common.write_rows(options.out / "main.json", rows)
     common.write_arrays(options.out / "blocks.npz", blocks)
     before_after.draw(options.out, rows)
-    before_after.tell(rows)
+    before_after.report(rows)
     print(f"{FILES} are in {options.out}")
     return 0
 
@@ -708,7 +717,7 @@ def parse(argv, common):
     add("--quick", action="store_true", help="a smoke run of seconds, to figures/quick")
     options = parser.parse_args(argv)
 
-    options.steps = common.QUICK if options.quick else {}
+    options.changes = common.QUICK if options.quick else {}
     if options.seed < 0:
         parser.error(f"--seed must be >= 0, got {options.seed}")
     if options.out is None and options.seed != 0 and not options.quick:
@@ -735,12 +744,12 @@ def run_setting(key, options):
     def watch_gated(done, _):
         show(f"{key}: taking it apart, {done:.0%}")
 
-    recipe = {**TOY, **options.steps}
+    recipe = {**TOY, **options.changes}
     toy, tokens, target = toy_and_record(
         n_heads, n_trigrams, options.seed, recipe, watch_toy
     )
     tell(f"{key}: a toy is trained", began)
-    recipe = {**RECIPE, **options.steps}
+    recipe = {**RECIPE, **options.changes}
     gated, _ = take_apart(
         tokens, target, n_heads, seed=options.seed, recipe=recipe, watch=watch_gated
     )
@@ -760,7 +769,7 @@ def row_of(toy, gated, seed):
     """What main.json says of a toy and its gated block."""
     V = toy["W_Q"].shape[1]
     n_trigrams = (V - 2) // 2
-    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed)[3])
+    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed).verdict)
     before = judge([toy], task["tokens"], task["answers"])
     after = verdict(gated, [toy], n_trigrams, seed)
     gate = gatedref.gated_attention(gated, np.eye(V)[None])["gate"][0]
@@ -782,7 +791,7 @@ def show(text):
 
 
 def tell(text, began):
-    """A line for a step that is finished, and the seconds since its setting began."""
+    """A line for what is finished, and the seconds since its setting began."""
     show("")
     print(f"{text} ({time.perf_counter() - began:.0f} s)", flush=True)
 

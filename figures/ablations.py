@@ -38,11 +38,11 @@ def main():
     print(*tables_of([*priced(folder, options.seeds), *rows]))
 
 
-def work(job, steps):
+def work(job, changes):
     n_heads, n_trigrams = train.SETTINGS[job["key"]]
     variant, seed = job["variant"], job["seed"]
-    toy, tokens, target = price.toy_of(job["key"], seed, steps.get("steps"))
-    recipe = {**train.RECIPE, **CHANGES.get(variant, {}), **steps}
+    toy, tokens, target = price.toy_of(job["key"], seed, changes.get("steps"))
+    recipe = {**train.RECIPE, **CHANGES.get(variant, {}), **changes}
 
     if variant in TOP:
         k = TOP[variant]
@@ -140,7 +140,7 @@ def verdict(write, toy, n_trigrams, seed):
     top-k that is what is kept: for `holders`, too, a head that is not kept writes 0,
     and taking heads away lets no other one in.
     """
-    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed)[3])
+    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed).verdict)
     tokens = task["tokens"]
     x = np.eye(2 * n_trigrams + 2)[tokens]
     result = np.concatenate([write(x[part]) for part in train.in_parts(tokens)])
@@ -157,7 +157,7 @@ def verdict(write, toy, n_trigrams, seed):
     found["share"] = train.share_of(found)
     found["unexplained"] = float(mse / train.variance_of(target))
     found["fires_without_A"] = sum(fires)
-    return common.row_of(found)
+    return common.kept_of(found)
 
 
 def priced(folder, seeds):
@@ -180,8 +180,8 @@ def tables_of(rows):
     for key in KEYS:
         mine = [row for row in rows if row["key"] == key]
         for (variant,), group in common.grouped(mine, "variant").items():
-            lines.append([key, variant, *common.rates(group)])
-    return [common.table(["setting", "variant", *common.RATES], lines)]
+            lines.append([key, variant, *common.summary(group)])
+    return [common.table(["setting", "variant", *common.SUMMARY], lines)]
 
 
 if __name__ == "__main__":

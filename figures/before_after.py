@@ -1,4 +1,4 @@
-"""Which heads hold which trigram, before and after? It is what `train.py` tells.
+"""Which heads hold which trigram, before and after? `train.py` prints and draws this.
 
 The table, the sentences and the pictures are made from the rows of `main.json`. A ring
 is where `gatedref.holders` finds that a head holds a trigram alone, if the model is
@@ -15,7 +15,7 @@ RING = "#D55E00"  # Okabe and Ito's vermilion, which the colour-blind can tell f
 # ---- The table, and a sentence for each change ---------------------------------------
 
 
-def tell(rows):
+def report(rows):
     print()
     print(*tables_of(rows))
     print()
@@ -83,7 +83,7 @@ def draw(folder, rows):
 
 def draw_before_after(path, rows):
     seed = rows[0]["seed"]
-    title = f"Who writes the answer: toys above, their gated blocks below (seed {seed})"
+    title = f"How much each head writes: toys above, gated blocks below (seed {seed})"
     with picture(path, title, 6.4, 2, 3, height_ratios=[1, 3]) as axes:
         for ax_toy, ax_gated, row in zip(*axes, rows):
             for ax, which in ((ax_toy, "toy"), (ax_gated, "gated")):

@@ -1,4 +1,4 @@
-"""What the scripts beside the pictures share: rows that are kept, tables, a look."""
+"""What the scripts share: their options, saved rows, tables, the pictures' style."""
 
 import argparse
 import contextlib
@@ -30,16 +30,17 @@ def parse(question, n_seeds):
     options.is_whole = is_whole and not options.quick
     options.out = FIGURES if options.is_whole else QUICK_FOLDER
     options.seeds = range(options.first, options.first + options.seeds)
-    options.steps = QUICK if options.quick else {}
+    options.changes = QUICK if options.quick else {}
     return options
 
 
 def run(name, jobs, work, options):
-    """The rows of all jobs, kept as they come. A job is a dict of what tells its row.
+    """The rows of all jobs, saved as they come. A job identifies its row.
 
-    work(job, steps) -> the rest of the row. Each finished row becomes a line of
-    figures/quick/NAME.jsonl, so that a run which was interrupted goes on where it
-    stopped. When all rows are there they are written to NAME.json.
+    work(job, changes) -> the rest of the row; `changes` to a recipe are for a quick
+    run. Each finished row becomes a line of figures/quick/NAME.jsonl, so that a run
+    which was interrupted goes on where it stopped. When all rows are there they are
+    written to NAME.json.
     """
     kept = QUICK_FOLDER / f"{name}.jsonl"
     if options.quick:
@@ -53,7 +54,7 @@ def run(name, jobs, work, options):
         row = next((row for row in earlier if job.items() <= row.items()), None)
         if row is None:
             began = time.perf_counter()
-            row = rounded({**job, **work(job, options.steps)})
+            row = rounded({**job, **work(job, options.changes)})
             with kept.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             seconds = time.perf_counter() - began
@@ -77,7 +78,7 @@ def read_kept(path):
 KEPT = ("apart", "share", "unexplained", "fires_without_A", "holders", "accuracy")
 
 
-def row_of(verdict):
+def kept_of(verdict):
     """What a row keeps of a verdict."""
     return {name: verdict[name] for name in KEPT}
 
@@ -90,11 +91,11 @@ def grouped(rows, *names):
     return groups
 
 
-RATES = ("apart", "share", "unexplained", "most", "fires without A")
+SUMMARY = ("apart", "share", "unexplained", "most", "fires without A")
 
 
-def rates(rows):
-    """The cells of `RATES` for some runs."""
+def summary(rows):
+    """The cells of `SUMMARY` for some runs."""
     n_apart = sum(row["apart"] for row in rows)
     left = [row["unexplained"] for row in rows]
     n_trigrams = sum(len(row["accuracy"]) for row in rows)

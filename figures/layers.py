@@ -1,6 +1,6 @@
 """Can gated blocks undo what the heads of two layers do together?
 
-    python -m figures.layers        about an hour on one core
+    python -m figures.layers        about forty minutes on one core
 
 A toy of two layers learns skip trigrams. It is *across* if some trigram is held only by
 heads of both layers together; other toys are not used. Four things are tried on it:
@@ -78,23 +78,23 @@ def main():
     draw(options.out / "layers.png", rows)
 
 
-def work(job, steps):
+def work(job, changes):
     _, n_trigrams, least = TOYS[job["key"]]
     seed, variant = job["seed"], job["variant"]
-    toy, n_drawn = toy_of(job["key"], seed, steps.get("steps"))
+    toy, n_drawn = toy_of(job["key"], seed, changes.get("steps"))
     if variant == TOY:
         return {**judged(toy, toy, seed, least), "drawn": n_drawn}
 
-    tokens_seed = train.seeds_of(seed)[2]
+    tokens_seed = train.seeds_of(seed).recording
     tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=tokens_seed)
     if variant == EACH_LAYER:
-        gated = gate_layers(toy, tokens, by_layer, seed, {**TWO_LAYERS, **steps})
+        gated = gate_layers(toy, tokens, by_layer, seed, {**TWO_LAYERS, **changes})
     elif variant == ONE_PENALTY:
-        gated = gate_layers(toy, tokens, as_one, seed, {**TWO_LAYERS, **steps})
+        gated = gate_layers(toy, tokens, as_one, seed, {**TWO_LAYERS, **changes})
     elif variant == ONE_BLOCK:
-        gated = gate_as_block(toy, tokens, seed, {**train.RECIPE, **steps})
+        gated = gate_as_block(toy, tokens, seed, {**train.RECIPE, **changes})
     else:
-        gated = gate_as_block(toy, tokens, seed, {**FREE, **steps})
+        gated = gate_as_block(toy, tokens, seed, {**FREE, **changes})
     return judged(gated, toy, seed)
 
 
@@ -109,9 +109,9 @@ def toy_of(key, seed, n_steps=None):
     """
     n_heads, n_trigrams, least = TOYS[key]
     recipe = train.TOY if n_steps is None else {**train.TOY, "steps": n_steps}
-    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed)[1])
+    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed).selection)
     for n_drawn in itertools.count(1):
-        toy_seed = train.seeds_of(seed, n_drawn)[0]
+        toy_seed = train.seeds_of(seed, n_drawn).toy
         toy = train.train_toy(n_heads, n_trigrams, toy_seed, recipe, n_layers=2)
         found = train.judge(toy, task["tokens"], task["answers"])
         if kind_of(found, 2, least) == "across" or n_steps is not None:
@@ -161,7 +161,7 @@ def gated_start(toy, seed, recipe):
     for number, layer in enumerate(toy):
         H, V, _ = layer["W_Q"].shape
         sizes = (recipe["heads"] * H, V, recipe["d_head"])
-        layer_seed = train.seeds_of(seed, number)[1]
+        layer_seed = train.seeds_of(seed, number).selection
         params = gatedref.init_params(*sizes, layer_seed, d_gate=recipe["d_gate"])
         start.append(params)
     return start
@@ -188,7 +188,7 @@ def judged(layers, toy, seed, least=0.99):
     """The row of a toy, or of what takes its place, on 10,000 fresh sequences."""
     V = toy[0]["W_Q"].shape[1]
     n_trigrams = (V - 2) // 2
-    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed)[3])
+    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed).verdict)
     found = train.judge(layers, task["tokens"], task["answers"])
     target = train.written(toy, task["tokens"])
     error = train.written(layers, task["tokens"]) - target
@@ -197,6 +197,7 @@ def judged(layers, toy, seed, least=0.99):
         "kind": kind_of(found, len(layers), least),
         "share": train.share_of(found),
         "unexplained": float(unexplained),
+        "accuracy": found["accuracy"],
         "holders": found["holders"],
     }
 

@@ -1,6 +1,6 @@
 """Do gated heads stop overlapping, where each task takes two of them?
 
-    python -m figures.overlap       about ten minutes on one core
+    python -m figures.overlap       about three minutes on one core
 
 Each of three queries copies two of three numbers: query 0 the first and the second,
 query 1 the second and the third, query 2 the third and the first. A head of width 1
@@ -55,9 +55,9 @@ def main():
     draw(options.out / "overlap.png", rows)
 
 
-def work(job, steps):
+def work(job, changes):
     d_head, takeovers = VARIANTS[job["variant"]]
-    params = train_block(d_head, takeovers, job["seed"], {**RECIPE, **steps})
+    params = train_block(d_head, takeovers, job["seed"], {**RECIPE, **changes})
     return judged(params, job["seed"])
 
 

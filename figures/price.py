@@ -2,10 +2,11 @@
 
     python -m figures.price         about two hours on one core
 
-A weaker alpha leaves less of the toy's output unexplained, and fewer blocks apart. How
-little could be left by any block in which one head does all the work of a query token?
-That is the *floor*, and is found for each toy by fixing the gates: head i is open for
-query token i, at every key, and for no other; nothing is charged for.
+A weaker alpha leaves less of the toy's output unexplained, and fewer blocks apart.
+
+For comparison there is a *floor* for each toy: what is left by a block with exactly one
+open head at each query token (head i at token i, for every key), and with no penalty.
+A block that is apart may leave less, since other heads may still help a little.
 """
 
 from functools import lru_cache
@@ -38,15 +39,15 @@ def main():
     draw(options.out / "price.png", rows)
 
 
-def work(job, steps):
+def work(job, changes):
     n_heads, n_trigrams = train.SETTINGS[job["key"]]
     seed = job["seed"]
-    toy, tokens, target = toy_of(job["key"], seed, steps.get("steps"))
+    toy, tokens, target = toy_of(job["key"], seed, changes.get("steps"))
     if job["variant"] == FLOOR:
-        return {"unexplained": floor(toy, tokens, target, seed, steps)}
-    recipe = {**train.RECIPE, "alpha": job["alpha"], **steps}
+        return {"unexplained": floor(toy, tokens, target, seed, changes)}
+    recipe = {**train.RECIPE, "alpha": job["alpha"], **changes}
     gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
-    return common.row_of(train.verdict(gated, [toy], n_trigrams, seed))
+    return common.kept_of(train.verdict(gated, [toy], n_trigrams, seed))
 
 
 @lru_cache(maxsize=1)
@@ -56,15 +57,13 @@ def toy_of(key, seed, n_steps=None):
     return train.toy_and_record(*train.SETTINGS[key], seed, recipe)
 
 
-def floor(toy, tokens, target, seed, steps):
-    """The least that is left unexplained by a block with one head a query token."""
+def floor(toy, tokens, target, seed, changes):
+    """What is left unexplained by a block with one open head at each query token."""
     V = target.shape[2]
-    recipe = {**train.RECIPE, **steps}
+    recipe = {**train.RECIPE, **changes}
     start = gatedref.init_params(V, V, recipe["d_head"], seed)
     fixed = {
-        "W_gate_Q": np.eye(V)[
-            :, :, None
-        ],  # [H, V, 1]: head i is open for query token i
+        "W_gate_Q": np.eye(V)[:, :, None],  # [H, V, G = 1]
         "b_gate_Q": np.zeros((V, 1)),
         "W_gate_K": np.zeros((V, V, 1)),
         "b_gate_K": np.ones((V, 1)),
@@ -82,7 +81,7 @@ def floor(toy, tokens, target, seed, steps):
 
     params, _ = train.fit(objective, start, recipe)
     n_trigrams = (V - 2) // 2
-    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed)[3])
+    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed).verdict)
     fresh = task["tokens"]
     return train.unexplained({**params, **fixed}, fresh, train.written([toy], fresh))
 
@@ -98,24 +97,25 @@ def default_table(rows):
     for key in train.SETTINGS:
         runs = groups[key, DEFAULT]
         floors = [row["unexplained"] for row in groups[key, FLOOR]]
-        ratios = [run["unexplained"] / least for run, least in zip(runs, floors)]
-        least, ratio = np.median(floors), np.median(ratios)
-        lines.append((key, *common.rates(runs), f"{least:.4f}", f"{ratio:.2f}"))
-    return common.table(("setting", *common.RATES, "floor", "times the floor"), lines)
+        ratios = [run["unexplained"] / own for run, own in zip(runs, floors)]
+        floor_cell = f"{np.median(floors):.4f}"
+        ratio_cell = f"{np.median(ratios):.2f}"
+        lines.append((key, *common.summary(runs), floor_cell, ratio_cell))
+    return common.table(("setting", *common.SUMMARY, "floor", "times the floor"), lines)
 
 
 def alphas_table(rows):
     lines = []
     for (key, variant), runs in common.grouped(rows, "key", "variant").items():
         if variant != FLOOR:
-            lines.append((key, variant.removeprefix("alpha "), *common.rates(runs)))
-    return common.table(("setting", "alpha", *common.RATES), lines)
+            lines.append((key, variant.removeprefix("alpha "), *common.summary(runs)))
+    return common.table(("setting", "alpha", *common.SUMMARY), lines)
 
 
 def draw(path, rows):
     panels = [("apart", np.mean), ("share", np.mean), ("unexplained", np.median)]
     groups = common.grouped(rows, "key", "variant")
-    title = "What separation costs: a stronger alpha to the left"
+    title = "What separation costs (20 toys for each point)"
     with common.picture(path, title, 3.6, 1, 3) as axes:
         for ax, (name, average) in zip(axes[0], panels):
             for key in train.SETTINGS:
@@ -124,7 +124,7 @@ def draw(path, rows):
                 ax.plot(heights, "o-", color=COLOURS[key], label=key)
             ax.set_xticks(range(len(ALPHAS)), [f"{alpha:g}" for alpha in ALPHAS])
             ax.axvline(ALPHAS.index(train.RECIPE["alpha"]), color="0.7", linestyle=":")
-            ax.set(xlabel="alpha (dotted: the default)", ylim=(0, 1.03))
+            ax.set(xlabel="alpha: strong to weak (dotted: default)", ylim=(0, 1.03))
         axes[0, 0].set_ylabel("part of the runs that come apart (up is good)")
         axes[0, 1].set_ylabel("mean share (up is good)")
         ax = axes[0, 2]

@@ -41,7 +41,7 @@ def main():
     print(*tables_of(rows))
 
 
-def work(job, steps):
+def work(job, changes):
     setting, toy_name, gated_name = TOYS[job["key"]]
     n_heads, n_trigrams = train.SETTINGS[setting]
     seed = job["seed"]
@@ -49,8 +49,8 @@ def work(job, steps):
     if job["variant"] == AUTHORS:
         gated = published(setting, gated_name)
     else:
-        gated = take_apart(toy, n_heads, n_trigrams, seed, steps)
-    return common.row_of(train.verdict(gated, [toy], n_trigrams, seed))
+        gated = take_apart(toy, n_heads, n_trigrams, seed, changes)
+    return common.kept_of(train.verdict(gated, [toy], n_trigrams, seed))
 
 
 def published(key, which):
@@ -64,11 +64,11 @@ def published(key, which):
     return params
 
 
-def take_apart(toy, n_heads, n_trigrams, seed, steps):
-    tokens_seed = train.seeds_of(seed)[2]
+def take_apart(toy, n_heads, n_trigrams, seed, changes):
+    tokens_seed = train.seeds_of(seed).recording
     tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=tokens_seed)
     target = train.written([toy], tokens)
-    recipe = {**train.RECIPE, **steps}
+    recipe = {**train.RECIPE, **changes}
     gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
     return gated
 
@@ -76,8 +76,8 @@ def take_apart(toy, n_heads, n_trigrams, seed, steps):
 def tables_of(rows):
     lines = []
     for (key, variant), group in common.grouped(rows, "key", "variant").items():
-        lines.append([key, variant, *common.rates(group)])
-    return [common.table(["toy", "variant", *common.RATES], lines)]
+        lines.append([key, variant, *common.summary(group)])
+    return [common.table(["toy", "variant", *common.SUMMARY], lines)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does the penalty make one head hold what comes from two tokens?
 
-    python -m figures.sources       about twenty minutes on one core
+    python -m figures.sources       about a quarter of an hour on one core
 
 Two signals of four stand among noise, and at the last token a toy is to name the pair
 of them, in either order: one of ten. Heads that look at one signal each share no
@@ -60,10 +60,10 @@ def main():
     draw(options.out / "sources.png", rows)
 
 
-def work(job, steps):
+def work(job, changes):
     seed, variant = job["seed"], job["variant"]
-    toy = toy_of(seed, steps.get("steps"))
-    recipe = {**RECIPE, **steps}
+    toy = toy_of(seed, changes.get("steps"))
+    recipe = {**RECIPE, **changes}
     free = {**recipe, "alpha": 0}
     if variant == "toy":
         return judged(gatedref.attention, toy, toy, seed)

@@ -19,10 +19,10 @@ UNEXPLAINED, PENALTY = "#0072B2", "#D55E00"
 def main():
     options = common.parse(__doc__, n_seeds=1)
     n_heads, n_trigrams = train.SETTINGS[KEY]
-    recipe = {**train.RECIPE, **options.steps}
-    toy_recipe = {**train.TOY, **options.steps}
+    recipe = {**train.RECIPE, **options.changes}
+    toy_recipe = {**train.TOY, **options.changes}
     _, tokens, target = train.toy_and_record(n_heads, n_trigrams, SEED, toy_recipe)
-    task = train.skip_trigram_task(n_trigrams, 1000, train.seeds_of(SEED)[3])
+    task = train.skip_trigram_task(n_trigrams, 1000, train.seeds_of(SEED).verdict)
     frames = []  # (part of the steps, shares [H, n])
 
     def watch(done, gated):
@@ -63,7 +63,8 @@ def plot_curves(ax, curves, recipe, n_steps):
         ax.axvline(place, color="0.6", linestyle=":", label=label)
     ax.plot(mse, color=UNEXPLAINED, label="unexplained")
     ax.plot(penalty, color=PENALTY, label="penalty")
-    ax.set(xlabel="step", yscale="log", xlim=(0, recipe["steps"]), ylim=(3e-3, 3))
+    ax.set(xlabel="step", ylabel="median of the last 20 steps")
+    ax.set(yscale="log", xlim=(0, recipe["steps"]), ylim=(3e-3, 3))
 
 
 def draw_curves(path, curves, recipe):
