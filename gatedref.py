@@ -30,6 +30,7 @@ import itertools
 import math
 import os
 import sys
+import zipfile
 from collections import namedtuple
 
 import autograd.numpy as np
@@ -561,15 +562,18 @@ BACKWARD += ("W_K", "b_K", "W_Q", "b_Q", "x")
 def make_case(name, params, x, target, alpha):
     """A `Case` of one's own arrays, the arguments of `loss`, with what is expected.
 
+    Everything is computed in float64; float32 arrays are cast first.
+
     Take care with random numbers: the derivative of gate^0.6 grows without bound
-    towards gate 0, so that with normal inputs and some thousand pairs a right block in
-    float32 fails, as one gate is always close to 0. `random_case` has inputs on a grid,
-    whose gates are either 0 or well above it.
+    towards gate 0. With normal inputs and some thousand pairs one gate is always close
+    to 0, and a right block in float32 fails there; compare in float64, or give an rtol.
+    `random_case` has inputs on a grid, whose gates are either 0 or well above it.
     """
     sizes = {}
     params = check_params(GATED_BLOCK, params, sizes)
-    x = check_array("x", x, "BTD", sizes)
-    target = check_array("target", target, "BTD", sizes)
+    params = {name: array.astype(float) for name, array in params.items()}
+    x = check_array("x", x, "BTD", sizes).astype(float)
+    target = check_array("target", target, "BTD", sizes).astype(float)
 
     def loss_of_x(x):
         return loss(params, x, target, alpha)["loss"]
@@ -744,8 +748,8 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     """Raises an AssertionError where `got` differs from `case.expected`.
 
     got: a dict of any of the names in `expected`, `grads` being a dict of any of the
-    gradients; arrays of NumPy, PyTorch or JAX, in float64 or float32. Cast float16 and
-    bfloat16 to float32 first. An array differs where
+    gradients; arrays of NumPy, PyTorch or JAX, in float64 or float32. (Cast bfloat16 to
+    float32 first; float16 needs an rtol.) An array differs where
 
         |got - expected| > tolerance * largest |expected|       (1, if all are 0)
 
@@ -755,9 +759,9 @@ def assert_matches(case, got, *, rtol=None, strict=False):
     scalar may have the shape (1,).
 
     rtol: the tolerance; None for 64 eps of the type that is given: 1.4e-14 in float64,
-    7.6e-6 in float32. Right blocks in less than that were measured to need 1e-3 with
-    TF32 (`large_scores` 4e-3), 3e-3 in float16 (`large_scores` 0.01; `tiny_norms`
-    overflows) and 0.05 in bfloat16 (`large_scores` 0.2).
+    7.6e-6 in float32. Lower precision needs more. Right blocks were measured to need
+    1e-3 with TF32 (`large_scores` 4e-3), 3e-3 in float16 (`large_scores` 0.01;
+    `tiny_norms` overflows) and 0.05 in bfloat16 (`large_scores` 0.2).
 
     strict: True to compare, in `gate_edges`, the gradients of x and of the gate too. At
     gates of exactly 0 and 1 frameworks differ in the derivative of a clamp; see
@@ -809,8 +813,8 @@ def _what_to_compare(case, got, strict):
     given = _flat(got)
     unknown = [name for name in given if name not in expected]
     if unknown:
-        names = f"{unknown}; names that can be compared: {list(expected)}"
-        raise ValueError(f"{case.name}: got must not have {names}")
+        names = f"names that can be compared: {list(case.expected)}, grads being a dict"
+        raise ValueError(f"{case.name}: got must not have {unknown}; {names}")
 
     left_out = []
     if not strict and np.isin(expected["gate_scores"], (0, 1)).any():
@@ -840,8 +844,10 @@ def _problem(case, name, value, rtol):
     want = _flat(case.expected)[name]
     array = _numpy(value)
     if array is None or array.dtype.kind != "f":
-        of = "" if array is None else f" of {array.dtype}"
-        return f" must be an array of floats, got {type(value)}{of}"
+        kind = getattr(value, "dtype", "no numbers")
+        return f" must be float64 or float32, got {type(value)} of {kind}"
+    if rtol is None and array.dtype.itemsize < 4:
+        return f" is of {array.dtype}: give an rtol"
     if np.ndim(want) == 0 and array.shape == (1,):
         array = array[0]
     if array.shape != np.shape(want):
@@ -860,7 +866,8 @@ def _problem(case, name, value, rtol):
     at = np.unravel_index(np.argmax(off * weight), off.shape)
     where = [int(i) for i in at] if at else ""
     numbers = f"{array[at]:.17g}, should be {want[at]:.17g}, off by {off[at]:.3g}"
-    return f"{where} is {numbers}, where {tolerance:.1e} of {largest:.3g} is allowed"
+    allowed = f"{tolerance:.1e} of {largest:.3g} is allowed in {array.dtype}"
+    return f"{where} is {numbers}, where {allowed}"
 
 
 def _numpy(value):
@@ -876,13 +883,16 @@ def _numpy(value):
 def _not_finite(name, array, is_masked):
     """Tells of the first entry that is not finite, and where to look for the cause."""
     at = _first(~np.isfinite(array) & ~is_masked)
+    parameter = name.removeprefix("grads/")
     hint = ""
     if name in ("attn_scores", "pattern") and not np.isfinite(array[at[:-1]]).any():
         hint = ": does the mask leave this query no key at all?"
-    if name.removeprefix("grads/") in GATE:
+    elif parameter in GATE:
         hint = (
             ": is it the power in the penalty, whose derivative is infinite at gate 0?"
         )
+    elif parameter in ("v", "result", "W_V", "W_O"):
+        hint = ": is it a norm of 0, whose root has an infinite derivative?"
     where = list(at) if at else ""
     return f"{where} is {array[at]}, should be finite{hint}"
 
@@ -1078,7 +1088,8 @@ def _check_results(path, value_scale, options):
 
     for name in results:
         print(f"{name}: there is no case of this name")
-    print(f"{n_compared} arrays match; {n_wrong} cases differ")
+    strays = f"; {len(results)} names of no case" if results else ""
+    print(f"{n_compared} arrays match; {n_wrong} cases differ{strays}")
     is_right = n_compared > 0 and n_wrong == 0 and not results
     return 0 if is_right else 1
 
@@ -1088,16 +1099,18 @@ def _read_results(path):
 
     ValueError: the file cannot be read as one.
     """
+    with open(path, "rb") as file:
+        is_zip = zipfile.is_zipfile(file)
+    if not is_zip:
+        raise ValueError(f"{path} must be an .npz file: it is no zip file")
+
     results = {}
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:
+        with np.load(path) as arrays:
             for name in arrays.files:
-                if name.endswith("/"):  # a folder, as some programs write
-                    continue
-                case_name, _, stage = name.partition("/")
-                results.setdefault(case_name, {})[stage] = arrays[name]
-    except OSError:
-        raise
+                if not name.endswith("/"):  # a folder, as some programs write
+                    case_name, _, stage = name.partition("/")
+                    results.setdefault(case_name, {})[stage] = arrays[name]
     except Exception as problem:  # noqa: BLE001, what it is depends on the file
         raise ValueError(f"{path} must be an .npz file of arrays: {problem}") from None
     return results

@@ -1196,6 +1196,27 @@ def test_misuse_of_assert_matches_is_refused():
         gatedref.assert_matches(DENSE, DENSE.expected, strict="no")
 
 
+def test_float16_needs_a_tolerance_of_ones_own():
+    z = DENSE.expected["z"].astype(np.float16)
+    assert "z is of float16: give an rtol" in message_of(DENSE, {"z": z})
+    gatedref.assert_matches(DENSE, {"z": z}, rtol=1e-3)
+
+
+def test_a_case_of_float32_arrays_is_computed_in_float64():
+    params = as_type(DENSE.params, np.float32)
+    x, target = DENSE.x.astype(np.float32), DENSE.target.astype(np.float32)
+    case = gatedref.make_case("mine", params, x, target, DENSE.alpha)
+    for name, array in DENSE.expected.items():
+        if name != "grads":
+            np.testing.assert_array_equal(case.expected[name], array)
+
+
+def test_sizes_of_a_random_case_are_refused_by_name():
+    sizes = {"B": 1, "T": 2, "H": 1, "D": 1, "K": 1, "G": 1}
+    for wrong in (0, -2, 2.0):
+        assert_refused("T must be", gatedref.random_case, 0, **{**sizes, "T": wrong})
+
+
 def test_what_is_left_out_must_still_be_floats_of_the_right_shape():
     edges = CASES["gate_edges"]
     right = edges.expected["grads"]

@@ -197,7 +197,6 @@ def judged(layers, toy, seed, least=0.99):
         "kind": kind_of(found, len(layers), least),
         "share": train.share_of(found),
         "unexplained": float(unexplained),
-        "accuracy": found["accuracy"],
         "holders": found["holders"],
     }
 
