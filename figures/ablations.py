@@ -33,9 +33,7 @@ def main():
             for variant in (*CHANGES, *TOP):
                 jobs.append({"key": key, "variant": variant, "seed": seed})
     rows = common.run("ablations", jobs, work, options)
-
-    folder = common.QUICK_FOLDER if options.quick else common.FIGURES
-    print(*tables_of([*priced(folder, options.seeds), *rows]))
+    print(*tables_of(rows))
 
 
 def work(job, changes):
@@ -160,15 +158,11 @@ def verdict(write, toy, n_trigrams, seed):
     return common.kept_of(found)
 
 
-def priced(folder, seeds):
+def priced(seeds):
     """The rows of `price` that belong here, under the names that they have here."""
-    path = folder / "price.json"
-    if not path.exists():
-        print(f"without the unchanged recipe, since there is no {path}")
-        return []
     names = {price.DEFAULT: "this recipe", "alpha 0": "no penalty"}
     rows = []
-    for row in json.loads(path.read_text()):
+    for row in json.loads((common.FIGURES / "price.json").read_text()):
         is_same_toy = row["key"] in KEYS and row["seed"] in seeds
         if is_same_toy and row["variant"] in names:
             rows.append({**row, "variant": names[row["variant"]]})
@@ -176,6 +170,7 @@ def priced(folder, seeds):
 
 
 def tables_of(rows):
+    rows = [*priced({row["seed"] for row in rows}), *rows]
     lines = []
     for key in KEYS:
         mine = [row for row in rows if row["key"] == key]
