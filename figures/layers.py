@@ -161,7 +161,7 @@ def gated_start(toy, seed, recipe):
     for number, layer in enumerate(toy):
         H, V, _ = layer["W_Q"].shape
         sizes = (recipe["heads"] * H, V, recipe["d_head"])
-        layer_seed = train.seeds_of(seed, number).selection
+        _, layer_seed, _, _ = train.seeds_of(seed, number)
         params = gatedref.init_params(*sizes, layer_seed, d_gate=recipe["d_gate"])
         start.append(params)
     return start
