@@ -843,15 +843,10 @@ def _problem(case, name, value, rtol):
     """What is wrong with an array, to be read after its name; "" if it matches."""
     want = _flat(case.expected)[name]
     array = _numpy(value)
-    if array is None or array.dtype.kind != "f":
-        kind = getattr(value, "dtype", "no numbers")
-        return f" must be float64 or float32, got {type(value)} of {kind}"
-    if rtol is None and array.dtype.itemsize < 4:
-        return f" is of {array.dtype}: give an rtol"
-    if np.ndim(want) == 0 and array.shape == (1,):
-        array = array[0]
-    if array.shape != np.shape(want):
-        return f" has shape {array.shape}, should have {np.shape(want)}"
+    problem = _wrong_kind(array, value, np.shape(want), rtol)
+    if problem:
+        return problem
+    array = np.reshape(array, np.shape(want))
 
     is_masked = np.isinf(want)
     if not np.isfinite(array[~is_masked]).all():
@@ -868,6 +863,18 @@ def _problem(case, name, value, rtol):
     numbers = f"{array[at]:.17g}, should be {want[at]:.17g}, off by {off[at]:.3g}"
     allowed = f"{tolerance:.1e} of {largest:.3g} is allowed in {array.dtype}"
     return f"{where} is {numbers}, where {allowed}"
+
+
+def _wrong_kind(array, value, shape, rtol):
+    """What is wrong with an array's type or shape; a scalar may have the shape (1,)."""
+    if array is None or array.dtype.kind != "f":
+        kind = getattr(value, "dtype", "no numbers")
+        return f" must be float64 or float32, got {type(value)} of {kind}"
+    if rtol is None and array.dtype.itemsize < 4:
+        return f" is of {array.dtype}: give an rtol"
+    if array.shape != shape and not (shape == () and array.shape == (1,)):
+        return f" has shape {array.shape}, should have {shape}"
+    return ""
 
 
 def _numpy(value):
