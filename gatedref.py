@@ -252,9 +252,7 @@ def lp_penalty(gate, p=0.6):
 
     gate: [B, H, query, key], entries >= 0. p: a number > 0. Returns a scalar >= 0.
     """
-    p = check_number("p", p)
-    if p <= 0:
-        raise ValueError(f"p must be > 0, got {p}")
+    p = check_positive("p", p)
     return _penalty(check_array("gate", gate, "BHTT", {}), p)
 
 
@@ -290,9 +288,7 @@ def loss(params, x, target, alpha, *, activation=clamp, p=0.6):
     alpha = check_number("alpha", alpha)
     if alpha < 0:
         raise ValueError(f"alpha must be >= 0, got {alpha}")
-    p = check_number("p", p)
-    if p <= 0:
-        raise ValueError(f"p must be > 0, got {p}")
+    p = check_positive("p", p)
 
     block = gated_attention(params, x, activation=activation)
     attn_out = block["attn_out"]
@@ -919,9 +915,8 @@ def _weight_and_largest(case, name):
     for parameter, gradient in case.expected["grads"].items():
         weighted = np.abs(gradient * norms.get(parameter, 1.0))
         largest = max(largest, weighted.max())
-    return norms.get(name.removeprefix("grads/"), 1.0), (
-        largest if largest > 0 else 1.0
-    )
+    weight = norms.get(name.removeprefix("grads/"), 1.0)
+    return weight, (largest if largest > 0 else 1.0)
 
 
 # ---- The checks of arguments ---------------------------------------------------------
@@ -998,6 +993,13 @@ def check_tokens(name, value, axes, V, sizes):
 
 def check_number(name, value):
     return float(check_array(name, value, "", {}))
+
+
+def check_positive(name, value):
+    number = check_number(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be > 0, got {number}")
+    return number
 
 
 def check_whole(name, value, least):

@@ -2252,7 +2252,8 @@ def test_two_layers_are_gated_each_by_itself_or_as_one_block():
     assert [layer["value_scale"] for layer in gated] == [2 * largest, 2 * largest]
 
     recipe = {**train.RECIPE, "steps": 2}
-    (block,) = layers.gate_as_block(toy, tokens, 0, recipe)
+    target = train.written(toy, tokens)
+    (block,) = layers.gate_as_block(toy, tokens, target, 0, recipe)
     assert block["W_V"].shape == (16, 8, 4)
     largest = np.max(np.abs(first + second))
     assert block["value_scale"] == pytest.approx(2 * largest)

@@ -395,9 +395,9 @@ def check_recipe(recipe):
     for name in ("heads", "d_head", "d_gate", "steps", "batch"):
         gatedref.check_whole(f"recipe[{name!r}]", recipe[name], 1)
     for name in ("p", "rate"):
-        check_positive(f"recipe[{name!r}]", recipe[name])
+        gatedref.check_positive(f"recipe[{name!r}]", recipe[name])
     if recipe["value_scale"] is not None:
-        check_positive("recipe['value_scale']", recipe["value_scale"])
+        gatedref.check_positive("recipe['value_scale']", recipe["value_scale"])
     if gatedref.check_number("recipe['alpha']", recipe["alpha"]) < 0:
         raise ValueError(f"recipe['alpha'] must be >= 0, got {recipe['alpha']}")
     if not callable(recipe["activation"]):
@@ -409,13 +409,7 @@ def check_recipe(recipe):
     if not isinstance(recipe["legs"], (tuple, list)) or not recipe["legs"]:
         raise ValueError(f"recipe['legs'] must be a tuple of numbers: {recipe['legs']}")
     for number, leg in enumerate(recipe["legs"]):
-        check_positive(f"recipe['legs'][{number}]", leg)
-
-
-def check_positive(name, value):
-    number = gatedref.check_number(name, value)
-    if number <= 0:
-        raise ValueError(f"{name} must be > 0, got {number}")
+        gatedref.check_positive(f"recipe['legs'][{number}]", leg)
 
 
 # ---- The toy -------------------------------------------------------------------------
@@ -638,10 +632,19 @@ def toy_and_record(n_heads, n_trigrams, seed, recipe=TOY, watch=None):
         is_distributed = [] in singles(found["holders"])
         if (is_right and is_distributed) or recipe["steps"] < TOY["steps"]:
             break
-    tokens, _ = gatedref.sample_skip_trigrams(
-        n_trigrams, 5000, seed=seeds_of(seed).recording
-    )
-    return layers[0], tokens, written(layers, tokens)
+    return layers[0], *record(layers, n_trigrams, seed)
+
+
+def record(layers, n_trigrams, seed):
+    """What a gated block learns from: 5,000 sequences and what layers write there."""
+    tokens_seed = seeds_of(seed).recording
+    tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=tokens_seed)
+    return tokens, written(layers, tokens)
+
+
+def fresh_task(n_trigrams, seed):
+    """What a verdict is based on: 10,000 sequences that nothing was trained on."""
+    return skip_trigram_task(n_trigrams, 10000, seeds_of(seed).verdict)
 
 
 def written(layers, tokens):
@@ -659,7 +662,7 @@ def verdict(gated, layers, n_trigrams, seed):
     Returns a dict: what `judge` found of it, and `apart`, `share`, `unexplained`, and
     `fires_without_A`, for how many trigrams.
     """
-    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed).verdict)
+    task = fresh_task(n_trigrams, seed)
     tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
     found = judge([gated], tokens, answers)
     some = slice(2000)  # of the sequences: a mean needs no more
@@ -758,18 +761,15 @@ def run_setting(key, options):
     params = {f"toy/{name}": array for name, array in toy.items()}
     for name, array in gated.items():
         params[f"gated/{name}"] = array
-    return {
-        "key": key,
-        "seed": options.seed,
-        **row_of(toy, gated, options.seed),
-    }, params
+    row = {"key": key, "seed": options.seed, **row_of(toy, gated, options.seed)}
+    return row, params
 
 
 def row_of(toy, gated, seed):
     """What main.json says of a toy and its gated block."""
     V = toy["W_Q"].shape[1]
     n_trigrams = (V - 2) // 2
-    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed).verdict)
+    task = fresh_task(n_trigrams, seed)
     before = judge([toy], task["tokens"], task["answers"])
     after = verdict(gated, [toy], n_trigrams, seed)
     gate = gatedref.gated_attention(gated, np.eye(V)[None])["gate"][0]

@@ -138,7 +138,7 @@ def verdict(write, toy, n_trigrams, seed):
     top-k that is what is kept: for `holders`, too, a head that is not kept writes 0,
     and taking heads away lets no other one in.
     """
-    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed).verdict)
+    task = train.fresh_task(n_trigrams, seed)
     tokens = task["tokens"]
     x = np.eye(2 * n_trigrams + 2)[tokens]
     result = np.concatenate([write(x[part]) for part in train.in_parts(tokens)])

@@ -200,3 +200,23 @@ def picture(path, title, height, n_rows, n_columns, **options):
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     write(path, file.getvalue())
+
+
+def bars(path, title, counts, colours, counted):
+    """A bar for each name, from top to bottom, of how many are of each kind.
+
+    counts: {name: {kind: how many}}, each a Counter. colours: {kind: colour}, in the
+    order of the legend; kinds that never occur are left out. counted: the word for what
+    is counted.
+    """
+    names = list(counts)
+    left = np.zeros(len(names))
+    with picture(path, title, 1.3 + 0.3 * len(names), 1, 1) as axes:
+        ax = axes[0, 0]
+        for kind, colour in colours.items():
+            lengths = np.array([counts[name][kind] for name in names])
+            if lengths.any():
+                ax.barh(names, lengths, left=left, color=colour, label=kind)
+            left = left + lengths
+        ax.set(xlabel=counted, xlim=(0, max(left)), ylim=(len(names) - 0.5, -0.5))
+        ax.locator_params(axis="x", integer=True)

@@ -85,16 +85,15 @@ def work(job, changes):
     if variant == TOY:
         return {**judged(toy, toy, seed, least), "drawn": n_drawn}
 
-    tokens_seed = train.seeds_of(seed).recording
-    tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=tokens_seed)
+    tokens, target = train.record(toy, n_trigrams, seed)
     if variant == EACH_LAYER:
         gated = gate_layers(toy, tokens, by_layer, seed, {**TWO_LAYERS, **changes})
     elif variant == ONE_PENALTY:
         gated = gate_layers(toy, tokens, as_one, seed, {**TWO_LAYERS, **changes})
     elif variant == ONE_BLOCK:
-        gated = gate_as_block(toy, tokens, seed, {**train.RECIPE, **changes})
+        gated = gate_as_block(toy, tokens, target, seed, {**train.RECIPE, **changes})
     else:
-        gated = gate_as_block(toy, tokens, seed, {**FREE, **changes})
+        gated = gate_as_block(toy, tokens, target, seed, {**FREE, **changes})
     return judged(gated, toy, seed)
 
 
@@ -121,10 +120,9 @@ def toy_of(key, seed, n_steps=None):
 # ---- What is tried -------------------------------------------------------------------
 
 
-def gate_as_block(toy, tokens, seed, recipe):
+def gate_as_block(toy, tokens, target, seed, recipe):
     """One gated block that learns the sum of what all layers write."""
     n_heads = sum(len(layer["W_Q"]) for layer in toy)
-    target = train.written(toy, tokens)
     gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
     return [gated]
 
@@ -188,7 +186,7 @@ def judged(layers, toy, seed, least=0.99):
     """The row of a toy, or of what takes its place, on 10,000 fresh sequences."""
     V = toy[0]["W_Q"].shape[1]
     n_trigrams = (V - 2) // 2
-    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed).verdict)
+    task = train.fresh_task(n_trigrams, seed)
     found = train.judge(layers, task["tokens"], task["answers"])
     target = train.written(toy, task["tokens"])
     error = train.written(layers, task["tokens"]) - target
@@ -244,27 +242,7 @@ def draw(path, rows):
     counts = {}
     for (key, variant), group in common.grouped(rows, "key", "variant").items():
         counts[f"{key}: {variant}"] = Counter(row["kind"] for row in group)
-    bars(path, "How two layers hold their trigrams", counts, COLOURS, "toys")
-
-
-def bars(path, title, counts, colours, counted):
-    """A bar for each name, from top to bottom, of how many are of each kind.
-
-    counts: {name: {kind: how many}}, each a Counter. colours: {kind: colour}, in the
-    order of the legend; kinds that never occur are left out. counted: the word for what
-    is counted.
-    """
-    names = list(counts)
-    left = np.zeros(len(names))
-    with common.picture(path, title, 1.3 + 0.3 * len(names), 1, 1) as axes:
-        ax = axes[0, 0]
-        for kind, colour in colours.items():
-            lengths = np.array([counts[name][kind] for name in names])
-            if lengths.any():
-                ax.barh(names, lengths, left=left, color=colour, label=kind)
-            left = left + lengths
-        ax.set(xlabel=counted, xlim=(0, max(left)), ylim=(len(names) - 0.5, -0.5))
-        ax.locator_params(axis="x", integer=True)
+    common.bars(path, "How two layers hold their trigrams", counts, COLOURS, "toys")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import autograd.numpy as np
 import gatedref
 import train
 from figures import common
-from figures.layers import bars
 
 # The width of a head, and whether there are takeovers.
 VARIANTS = {
@@ -204,7 +203,7 @@ def draw(path, rows):
     counts = {}
     for (variant,), group in common.grouped(rows, "variant").items():
         counts[variant] = Counter(row["kind"] for row in group)
-    bars(path, "Do heads serve several queries?", counts, COLOURS, "blocks")
+    common.bars(path, "Do heads serve several queries?", counts, COLOURS, "blocks")
 
 
 if __name__ == "__main__":

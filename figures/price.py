@@ -81,7 +81,7 @@ def floor(toy, tokens, target, seed, changes):
 
     params, _ = train.fit(objective, start, recipe)
     n_trigrams = (V - 2) // 2
-    task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed).verdict)
+    task = train.fresh_task(n_trigrams, seed)
     fresh = task["tokens"]
     return train.unexplained({**params, **fixed}, fresh, train.written([toy], fresh))
 

@@ -13,7 +13,6 @@ sequences.
 
 import numpy as np
 
-import gatedref
 import train
 from figures import common
 
@@ -49,7 +48,9 @@ def work(job, changes):
     if job["variant"] == AUTHORS:
         gated = published(setting, gated_name)
     else:
-        gated = take_apart(toy, n_heads, n_trigrams, seed, changes)
+        tokens, target = train.record([toy], n_trigrams, seed)
+        recipe = {**train.RECIPE, **changes}
+        gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
     return common.kept_of(train.verdict(gated, [toy], n_trigrams, seed))
 
 
@@ -62,15 +63,6 @@ def published(key, which):
             if name.startswith(prefix):
                 params[name.removeprefix(prefix)] = file[name].astype(float)
     return params
-
-
-def take_apart(toy, n_heads, n_trigrams, seed, changes):
-    tokens_seed = train.seeds_of(seed).recording
-    tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=tokens_seed)
-    target = train.written([toy], tokens)
-    recipe = {**train.RECIPE, **changes}
-    gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
-    return gated
 
 
 def tables_of(rows):

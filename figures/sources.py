@@ -30,7 +30,6 @@ import autograd.numpy as np
 import gatedref
 import train
 from figures import common
-from figures.layers import bars
 
 VARIANTS = ("toy", "penalty", "no penalty", "penalty by query")
 COLOURS = {  # by how many heads a pair is held, at least
@@ -203,7 +202,7 @@ def tables_of(rows):
 
 def draw(path, rows):
     title = "How many heads does it take to hold a pair of signals?"
-    bars(path, title, kinds_by_variant(rows), COLOURS, "pairs")
+    common.bars(path, title, kinds_by_variant(rows), COLOURS, "pairs")
 
 
 if __name__ == "__main__":
