@@ -23,7 +23,7 @@ from autograd.tracer import getval
 
 import gatedref
 import train
-from figures import before_after, layers, overlap, sources
+from figures import before_after, common, layers, overlap, sources
 from gatedref import BLOCK, GATED_BLOCK
 
 # Matplotlib 3.9 calls pyparsing by names that the newest pyparsing deprecates.
@@ -2432,6 +2432,7 @@ def test_a_toy_that_stands_in_for_itself_leaves_nothing_unexplained():
 
 ROOT = Path(train.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "figures" / "README.md"]
+MODULES = ("common", "before_after")  # they are no scripts
 
 
 ROWS = sorted(path.stem for path in (ROOT / "figures").glob("*.json"))
@@ -2445,6 +2446,38 @@ def test_the_tables_in_the_pages_equal_the_rows(name):
     pages = "".join(page.read_text() for page in PAGES)
     for table in script.tables_of(rows):
         assert table in pages
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "figures").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [n for n in SCRIPTS if n not in MODULES])
+def test_a_quick_run_of_a_script_makes_rows_and_pictures_like_those_of_a_whole_run(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(common, "QUICK_FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--quick"])
+    importlib.import_module(f"figures.{name}").main()
+    for picture in pictures_of(name):
+        assert (tmp_path / picture).stat().st_size > 1000
+    if name in ROWS:
+        stored = json.loads((ROOT / "figures" / f"{name}.json").read_text())
+        made = json.loads((tmp_path / f"{name}.json").read_text())
+        jobs = jobs_in(stored)
+        assert all(job in jobs for job in jobs_in(made))
+        assert capsys.readouterr().out.count("| --- |") >= 1
+
+
+def pictures_of(name):
+    """The pictures that the results page says a script makes."""
+    command = re.escape(f"| `python -m figures.{name}` |")
+    line = re.search(f"{command}(.*)", PAGES[1].read_text())[1]
+    return re.findall(r"`(\w+\.\w+)`", line)
+
+
+def jobs_in(rows):
+    """What was run, and the names of what each row tells."""
+    return [(row.get("key"), row.get("variant"), list(row)) for row in rows]
 
 
 def test_the_example_in_the_readme_is_what_the_stored_blocks_write():

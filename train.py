@@ -437,9 +437,8 @@ def train_toy(n_heads, n_trigrams, seed, recipe=TOY, *, n_layers=1, watch=None):
 
 def cross_entropy(logits, answers):
     """The mean of -log p(answer). logits, and answers one-hot: [..., V]."""
-    logits = logits - getval(logits).max(
-        axis=-1, keepdims=True
-    )  # so that exp is finite
+    largest = np.max(getval(logits), axis=-1, keepdims=True)
+    logits = logits - largest  # so that exp is finite
     log_sum = np.log(np.sum(np.exp(logits), axis=-1))
     return np.mean(log_sum - np.sum(logits * answers, axis=-1))
 
@@ -623,16 +622,20 @@ def toy_and_record(n_heads, n_trigrams, seed, recipe=TOY, watch=None):
     while at least one trigram is distributed. (In a short run any toy will do.) Returns
     its parameters, 5,000 sequences of tokens, and what its attention writes on them.
     """
-    task = skip_trigram_task(n_trigrams, 10000, seeds_of(seed).selection)
+    task = skip_trigram_task(n_trigrams, 10_000, seeds_of(seed).selection)
+    is_short = recipe["steps"] < TOY["steps"]
     for draw in itertools.count():
         draw_seed = seeds_of(seed, draw).toy
         layers = train_toy(n_heads, n_trigrams, draw_seed, recipe, watch=watch)
-        found = judge(layers, task["tokens"], task["answers"])
-        is_right = min(found["accuracy"]) > 0.998
-        is_distributed = [] in singles(found["holders"])
-        if (is_right and is_distributed) or recipe["steps"] < TOY["steps"]:
-            break
-    return layers[0], *record(layers, n_trigrams, seed)
+        if is_short or shows_superposition(layers, task):
+            return layers[0], *record(layers, n_trigrams, seed)
+
+
+def shows_superposition(layers, task):
+    """Whether a toy is right on each trigram, and at least one is distributed."""
+    found = judge(layers, task["tokens"], task["answers"])
+    is_right = min(found["accuracy"]) > 0.998
+    return is_right and [] in singles(found["holders"])
 
 
 def record(layers, n_trigrams, seed):
@@ -642,9 +645,9 @@ def record(layers, n_trigrams, seed):
     return tokens, written(layers, tokens)
 
 
-def fresh_task(n_trigrams, seed):
-    """What a verdict is based on: 10,000 sequences that nothing was trained on."""
-    return skip_trigram_task(n_trigrams, 10000, seeds_of(seed).verdict)
+def fresh_task(n_trigrams, seed, n_sequences=10_000):
+    """What a verdict is based on: sequences that nothing was trained on."""
+    return skip_trigram_task(n_trigrams, n_sequences, seeds_of(seed).verdict)
 
 
 def written(layers, tokens):
@@ -656,13 +659,13 @@ def written(layers, tokens):
     return np.concatenate(parts)
 
 
-def verdict(gated, layers, n_trigrams, seed):
-    """What a gated block is worth in place of some layers, on 10,000 fresh sequences.
+def verdict(gated, layers, n_trigrams, seed, n_sequences=10_000):
+    """What a gated block is worth in place of some layers, on fresh sequences.
 
     Returns a dict: what `judge` found of it, and `apart`, `share`, `unexplained`, and
     `fires_without_A`, for how many trigrams.
     """
-    task = fresh_task(n_trigrams, seed)
+    task = fresh_task(n_trigrams, seed, n_sequences)
     tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
     found = judge([gated], tokens, answers)
     some = slice(2000)  # of the sequences: a mean needs no more

@@ -56,7 +56,7 @@ def work(job, changes):
         def write(x):
             return gatedref.gated_attention(gated, x, activation=activation)["result"]
 
-    return verdict(write, toy, n_trigrams, seed)
+    return verdict(write, toy, n_trigrams, seed, common.n_fresh(changes))
 
 
 # ---- The changes ---------------------------------------------------------------------
@@ -131,14 +131,14 @@ def keep_top(k, result):
 # ---- The verdict, and the table ------------------------------------------------------
 
 
-def verdict(write, toy, n_trigrams, seed):
+def verdict(write, toy, n_trigrams, seed, n_sequences):
     """The verdict of `train.verdict`, of a block that is no plain gated one.
 
     write(x) -> what each head writes, [B, T, H, V], for tokens x one-hot, [B, T, V]. Of
     top-k that is what is kept: for `holders`, too, a head that is not kept writes 0,
     and taking heads away lets no other one in.
     """
-    task = train.fresh_task(n_trigrams, seed)
+    task = train.fresh_task(n_trigrams, seed, n_sequences)
     tokens = task["tokens"]
     x = np.eye(2 * n_trigrams + 2)[tokens]
     result = np.concatenate([write(x[part]) for part in train.in_parts(tokens)])

@@ -12,7 +12,8 @@ import numpy as np
 
 FIGURES = Path(__file__).resolve().parent
 QUICK_FOLDER = FIGURES / "quick"
-QUICK = {"steps": 40}  # for a smoke run of seconds, in which nothing is learnt
+# Changes to a recipe for a smoke run of seconds, in which nothing is learnt.
+QUICK = {"steps": 10, "legs": (1.0, 1.0)}
 
 # ---- Runs, and their rows ------------------------------------------------------------
 
@@ -73,6 +74,11 @@ def read_kept(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     print(f"{len(rows)} rows are in {path} already; delete it to start anew")
     return rows
+
+
+def n_fresh(changes):
+    """On how many fresh sequences a model is judged; a few will do in a quick run."""
+    return 500 if changes else 10_000
 
 
 KEPT = ("apart", "share", "unexplained", "fires_without_A", "holders", "accuracy")

@@ -83,7 +83,8 @@ def work(job, changes):
     seed, variant = job["seed"], job["variant"]
     toy, n_drawn = toy_of(job["key"], seed, changes.get("steps"))
     if variant == TOY:
-        return {**judged(toy, toy, seed, least), "drawn": n_drawn}
+        row = judged(toy, toy, seed, common.n_fresh(changes), least)
+        return {**row, "drawn": n_drawn}
 
     tokens, target = train.record(toy, n_trigrams, seed)
     if variant == EACH_LAYER:
@@ -94,7 +95,7 @@ def work(job, changes):
         gated = gate_as_block(toy, tokens, target, seed, {**train.RECIPE, **changes})
     else:
         gated = gate_as_block(toy, tokens, target, seed, {**FREE, **changes})
-    return judged(gated, toy, seed)
+    return judged(gated, toy, seed, common.n_fresh(changes))
 
 
 # ---- The toy -------------------------------------------------------------------------
@@ -112,8 +113,10 @@ def toy_of(key, seed, n_steps=None):
     for n_drawn in itertools.count(1):
         toy_seed = train.seeds_of(seed, n_drawn).toy
         toy = train.train_toy(n_heads, n_trigrams, toy_seed, recipe, n_layers=2)
+        if n_steps is not None:
+            return toy, n_drawn
         found = train.judge(toy, task["tokens"], task["answers"])
-        if kind_of(found, 2, least) == "across" or n_steps is not None:
+        if kind_of(found, 2, least) == "across":
             return toy, n_drawn
 
 
@@ -182,11 +185,11 @@ def as_one(errors, gates):
 # ---- What came out -------------------------------------------------------------------
 
 
-def judged(layers, toy, seed, least=0.99):
-    """The row of a toy, or of what takes its place, on 10,000 fresh sequences."""
+def judged(layers, toy, seed, n_sequences, least=0.99):
+    """The row of a toy, or of what takes its place, on fresh sequences."""
     V = toy[0]["W_Q"].shape[1]
     n_trigrams = (V - 2) // 2
-    task = train.fresh_task(n_trigrams, seed)
+    task = train.fresh_task(n_trigrams, seed, n_sequences)
     found = train.judge(layers, task["tokens"], task["answers"])
     target = train.written(toy, task["tokens"])
     error = train.written(layers, task["tokens"]) - target

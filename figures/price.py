@@ -18,17 +18,23 @@ import train
 from figures import common
 
 ALPHAS = (10, 5, train.RECIPE["alpha"], 1, 0.25, 0)
+BIG = "8H10T"  # 32 heads in the block; a run takes a minute, so at two alphas only
+BIG_ALPHAS = (5, train.RECIPE["alpha"])
+SETTINGS = {**train.SETTINGS, BIG: (8, 10)}
+
 FLOOR = "floor"
 DEFAULT = f"alpha {train.RECIPE['alpha']:g}"
-COLOURS = {"2H3T": "#0072B2", "3H4T": "#D55E00", "4H5T": "#009E73"}
+COLOURS = {"2H3T": "#0072B2", "3H4T": "#D55E00", "4H5T": "#009E73", BIG: "#CC79A7"}
 
 
 def main():
     options = common.parse(__doc__, n_seeds=20)
     jobs = []
-    for key in train.SETTINGS:
+    # Of 32 untrained heads, too many sets would have to be tried for what they hold.
+    keys = train.SETTINGS if options.quick else SETTINGS
+    for key in keys:
         for seed in options.seeds:
-            for alpha in ALPHAS:
+            for alpha in alphas_of(key):
                 variant = f"alpha {alpha:g}"
                 jobs.append(
                     {"key": key, "variant": variant, "seed": seed, "alpha": alpha}
@@ -39,22 +45,27 @@ def main():
     draw(options.out / "price.png", rows)
 
 
+def alphas_of(key):
+    return BIG_ALPHAS if key == BIG else ALPHAS
+
+
 def work(job, changes):
-    n_heads, n_trigrams = train.SETTINGS[job["key"]]
+    n_heads, n_trigrams = SETTINGS[job["key"]]
     seed = job["seed"]
     toy, tokens, target = toy_of(job["key"], seed, changes.get("steps"))
     if job["variant"] == FLOOR:
         return {"unexplained": floor(toy, tokens, target, seed, changes)}
     recipe = {**train.RECIPE, "alpha": job["alpha"], **changes}
     gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
-    return common.kept_of(train.verdict(gated, [toy], n_trigrams, seed))
+    verdict = train.verdict(gated, [toy], n_trigrams, seed, common.n_fresh(changes))
+    return common.kept_of(verdict)
 
 
 @lru_cache(maxsize=1)
 def toy_of(key, seed, n_steps=None):
     """The toy of a seed, and what a gated block learns from; see `toy_and_record`."""
     recipe = train.TOY if n_steps is None else {**train.TOY, "steps": n_steps}
-    return train.toy_and_record(*train.SETTINGS[key], seed, recipe)
+    return train.toy_and_record(*SETTINGS[key], seed, recipe)
 
 
 def floor(toy, tokens, target, seed, changes):
@@ -81,9 +92,13 @@ def floor(toy, tokens, target, seed, changes):
 
     params, _ = train.fit(objective, start, recipe)
     n_trigrams = (V - 2) // 2
-    task = train.fresh_task(n_trigrams, seed)
+    task = train.fresh_task(n_trigrams, seed, common.n_fresh(changes))
     fresh = task["tokens"]
     return train.unexplained({**params, **fixed}, fresh, train.written([toy], fresh))
+
+
+def keys_of(rows):
+    return list(dict.fromkeys(row["key"] for row in rows))
 
 
 def tables_of(rows):
@@ -94,7 +109,7 @@ def default_table(rows):
     """How the recipe as it stands does, beside the floors of the same toys."""
     groups = common.grouped(rows, "key", "variant")
     lines = []
-    for key in train.SETTINGS:
+    for key in keys_of(rows):
         runs = groups[key, DEFAULT]
         floors = [row["unexplained"] for row in groups[key, FLOOR]]
         ratios = [run["unexplained"] / own for run, own in zip(runs, floors)]
@@ -118,19 +133,20 @@ def draw(path, rows):
     title = "What separation costs (20 toys for each point)"
     with common.picture(path, title, 3.6, 1, 3) as axes:
         for ax, (name, average) in zip(axes[0], panels):
-            for key in train.SETTINGS:
-                runs = [groups[key, f"alpha {alpha:g}"] for alpha in ALPHAS]
+            for key in keys_of(rows):
+                runs = [groups[key, f"alpha {alpha:g}"] for alpha in alphas_of(key)]
                 heights = [average([row[name] for row in group]) for group in runs]
-                ax.plot(heights, "o-", color=COLOURS[key], label=key)
+                places = [ALPHAS.index(alpha) for alpha in alphas_of(key)]
+                ax.plot(places, heights, "o-", color=COLOURS[key], label=key)
             ax.set_xticks(range(len(ALPHAS)), [f"{alpha:g}" for alpha in ALPHAS])
             ax.axvline(ALPHAS.index(train.RECIPE["alpha"]), color="0.7", linestyle=":")
             ax.set(xlabel="alpha: strong to weak (dotted: default)", ylim=(0, 1.03))
         axes[0, 0].set_ylabel("part of the runs that come apart (up is good)")
         axes[0, 1].set_ylabel("mean share (up is good)")
         ax = axes[0, 2]
-        for key, colour in COLOURS.items():
-            least = np.median([row["unexplained"] for row in groups[key, FLOOR]])
-            ax.axhline(least, color=colour, linestyle="--", linewidth=1)
+        for key in keys_of(rows):
+            left = [row["unexplained"] for row in groups[key, FLOOR]]
+            ax.axhline(np.median(left), color=COLOURS[key], linestyle="--", linewidth=1)
         ax.plot([], [], color="0.3", linestyle="--", label="floor")
         ax.set(
             ylabel="unexplained, median (down is good)", yscale="log", ylim=(1e-4, 1)

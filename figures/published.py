@@ -51,7 +51,8 @@ def work(job, changes):
         tokens, target = train.record([toy], n_trigrams, seed)
         recipe = {**train.RECIPE, **changes}
         gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
-    return common.kept_of(train.verdict(gated, [toy], n_trigrams, seed))
+    verdict = train.verdict(gated, [toy], n_trigrams, seed, common.n_fresh(changes))
+    return common.kept_of(verdict)
 
 
 def published(key, which):

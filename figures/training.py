@@ -73,7 +73,7 @@ def draw_curves(path, curves, recipe):
 
 
 def draw_film(path, frames, curves, recipe):
-    """The frames as a GIF, the last one for three seconds."""
+    """The frames as a GIF; the last one stays for half as long as the rest takes."""
     with common.look():
         from matplotlib.animation import FuncAnimation, PillowWriter
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -95,7 +95,7 @@ def draw_film(path, frames, curves, recipe):
             ax_curves.legend(loc="upper right")
             figure.suptitle(f"{KEY} comes apart: step {n_steps} of {recipe['steps']}")
 
-        film = FuncAnimation(figure, draw_frame, frames=len(frames) + 30)
+        film = FuncAnimation(figure, draw_frame, frames=len(frames) * 3 // 2)
         film.save(path, writer=PillowWriter(fps=10), dpi=80)
 
 
