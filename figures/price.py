@@ -1,6 +1,6 @@
-"""What does separation cost? Each setting at six alphas, on twenty toys each.
+"""What does separation cost? Four settings, twenty toys each, at up to six alphas.
 
-    python -m figures.price         about two hours on one core
+    python -m figures.price         about three hours on one core
 
 A weaker alpha leaves less of the toy's output unexplained, and fewer blocks apart.
 
