@@ -2020,15 +2020,19 @@ def test_a_head_that_copies_while_another_cancels_fires_without_its_A():
     block = copy_and_cancel()
     found = train.judge([block], tokens, answers)
     assert found["holders"] == [[(0,)]]
-    fires = train.fires_without_A([block], tokens, answers, lures, found["holders"])
+    fires = train.fires_without_A([block], tokens, answers, lures, found)
     assert fires == [True]
 
     block["W_V"][0, 0] = 5  # now head 0 writes where it looks at A, and only there
     block["b_V"][0] = 0
     block["W_Q"][0] = block["W_Q"][1]
     block["W_K"][0] = block["W_K"][1]
-    fires = train.fires_without_A([block], tokens, answers, lures, found["holders"])
+    fires = train.fires_without_A([block], tokens, answers, lures, found)
     assert fires == [False]
+
+    with pytest.raises(ValueError, match="answer 2 must be due somewhere, and a lure"):
+        nowhere = np.full_like(lures, -1)
+        train.fires_without_A([block], tokens, answers, nowhere, found)
 
 
 def test_the_authors_gated_heads_fire_without_A_in_seven_trigrams_of_twelve():
@@ -2038,7 +2042,7 @@ def test_the_authors_gated_heads_fire_without_A_in_seven_trigrams_of_twelve():
         task = train.skip_trigram_task(n, 2000, seed=0)
         tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
         found = train.judge([block], tokens, answers)
-        fires = train.fires_without_A([block], tokens, answers, lures, found["holders"])
+        fires = train.fires_without_A([block], tokens, answers, lures, found)
         n_fires += sum(fires)
     assert n_fires == 7
 
@@ -2073,6 +2077,15 @@ def test_judging_takes_any_task_and_counts_the_heads_of_all_layers():
     assert 0 < accuracy < 1
     assert found["shares"] == [pytest.approx(shares)]
     assert found["holders"] == [gatedref.holders(result, np.full(len(result), 4))]
+
+    with pytest.raises(ValueError, match="answers must hold a token that is due"):
+        train.judge(layers, tokens, np.full_like(tokens, -1))
+
+
+def test_what_is_unexplained_is_asked_of_the_same_sequences():
+    block = gatedref.init_params(4, 8, 2, d_gate=1)
+    with pytest.raises(ValueError, match="tokens must be"):
+        train.unexplained(block, TOKENS[:3], TARGET)
 
 
 def test_apart_is_right_on_each_answer_with_a_head_of_its_own_for_each():
@@ -2163,8 +2176,13 @@ def test_importing_train_changes_nothing_in_the_process():
 def test_a_trigram_that_changed_hands_is_told_in_a_sentence():
     row = {"key": "2H3T", "holders_toy": [[(0, 1)], [(1,)], []]}
     row["holders_gated"] = [[(5,)], [(2,)], [(3,), (4,)]]
+    row["accuracy_toy"] = row["accuracy_gated"] = [1.0, 1.0, 1.0]
     sentence = "2H3T: B1 took heads 0 and 1 together; now head 5 holds it alone."
     assert before_after.changes_of_hands(row) == [sentence]
+
+    row["accuracy_gated"] = [0.98, 1.0, 1.0]  # the block is wrong on it
+    assert before_after.changes_of_hands(row) == []
+    row["accuracy_gated"] = row["accuracy_toy"]
     held_by = before_after.held_by(row["holders_toy"], [1.0, 0.5, 1.0])
     assert held_by == "0+1, wrong, none"
 
@@ -2220,7 +2238,7 @@ def test_handmade_superposition_is_shared_within_a_layer_or_across_two():
         ("across", [first, second]),
     ]
     for kind, model in models:
-        row = layers.judged(model, toy, seed=0)
+        row = layers.judged(model, toy, 0, n_sequences=10_000, least=0.99)
         assert row["kind"] == kind
         assert row["unexplained"] < 1e-20
         assert [len(sets[0]) for sets in row["holders"]] == [1, 2, 1]
@@ -2455,14 +2473,14 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "figures").glob("*.py"))
 def test_a_quick_run_of_a_script_makes_rows_and_pictures_like_those_of_a_whole_run(
     name, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(common, "QUICK_FOLDER", tmp_path)
+    monkeypatch.setattr(common, "QUICK_FOLDER", tmp_path / "quick")
     monkeypatch.setattr(sys, "argv", [name, "--quick"])
     importlib.import_module(f"figures.{name}").main()
     for picture in pictures_of(name):
-        assert (tmp_path / picture).stat().st_size > 1000
+        assert (tmp_path / "quick" / picture).stat().st_size > 1000
     if name in ROWS:
         stored = json.loads((ROOT / "figures" / f"{name}.json").read_text())
-        made = json.loads((tmp_path / f"{name}.json").read_text())
+        made = json.loads((tmp_path / "quick" / f"{name}.json").read_text())
         jobs = jobs_in(stored)
         assert all(job in jobs for job in jobs_in(made))
         assert capsys.readouterr().out.count("| --- |") >= 1

@@ -502,10 +502,14 @@ def judge(layers, tokens, answers):
     `holders`, the smallest sets of heads that hold it (see `gatedref.holders`; on its
     first 1,000 positions), heads of all layers counted on; `shares` [H], each head's
     mean share in the sum of the norms of what all heads write there.
+
+    ValueError, TypeError: an argument that is not as above, or no answer is asked.
     """
     sizes = {}
     tokens = gatedref.check_array("tokens", tokens, "ST", sizes, kinds="iu")
     answers = gatedref.check_array("answers", answers, "ST", sizes, kinds="iu")
+    if np.max(answers) < 0:
+        raise ValueError("answers must hold a token that is due, got none")
     results, logits = results_where(layers, tokens, answers >= 0)
     return judge_results(results, logits, answers[answers >= 0])
 
@@ -541,13 +545,14 @@ def singles(holders):
     return alone
 
 
-def is_apart(found):
-    """Whether each answer is right (over 99%) and has a head of its own that holds it.
+def is_apart(found, least=0.99):
+    """Whether each answer is right and has a head of its own that holds it.
 
-    found: what `judge` returns. Of the heads that hold each answer alone, one can be
-    chosen so that none is chosen twice.
+    found: what `judge` returns. An answer is right if its accuracy is above `least`. Of
+    the heads that hold each answer alone, one can be chosen so that none is chosen
+    twice.
     """
-    if min(found["accuracy"]) <= 0.99:
+    if min(found["accuracy"]) <= least:
         return False
     for chosen in itertools.product(*singles(found["holders"])):
         if len(set(chosen)) == len(chosen):
@@ -564,9 +569,11 @@ def unexplained(gated, tokens, target):
     """The part of the target's variance that a gated block leaves unexplained.
 
     The sum of squared errors over that of squared deviations from the target's mean: 0
-    is a copy, 1 is no better than the mean. tokens: integers [S, T]; target: [S, T, V].
+    is a copy, 1 is no better than the mean. tokens: integers [S, T] in [0, V); target:
+    [S, T, V]. ValueError, TypeError: they are not so.
     """
-    one_hot = np.eye(np.shape(target)[2])
+    tokens, target = check_recorded(tokens, target)
+    one_hot = np.eye(target.shape[2])
     errors = []
     for part in in_parts(tokens):
         attn_out = gatedref.gated_attention(gated, one_hot[tokens[part]])["attn_out"]
@@ -575,7 +582,7 @@ def unexplained(gated, tokens, target):
     return float(sum(errors) / np.sum(deviation**2))
 
 
-def fires_without_A(layers, tokens, answers, lures, holders):
+def fires_without_A(layers, tokens, answers, lures, found):
     """For each answer, whether every head that holds it alone fires without its A, too.
 
     A head may write C whenever B comes, whether an A came before or not, while another
@@ -585,20 +592,23 @@ def fires_without_A(layers, tokens, answers, lures, holders):
     writes) is, on average over the lures, more than half of what it is where the
     trigram is complete.
 
-    tokens, answers, lures: see `skip_trigram_task`. holders: of `judge`.
+    tokens, answers, lures: see `skip_trigram_task`. found: what `judge` returns.
+    ValueError: an answer of `found` is never due in `answers`, or never a lure.
     """
     complete, _ = results_where(layers, tokens, answers >= 0)
     lured, _ = results_where(layers, tokens, lures >= 0)
     due = answers[answers >= 0]
     lure = lures[lures >= 0]
-    return results_without_A(complete, due, lured, lure, holders)
+    return results_without_A(complete, due, lured, lure, found)
 
 
-def results_without_A(complete, due, lured, lure, holders):
+def results_without_A(complete, due, lured, lure, found):
     """The list of `fires_without_A`, from what heads write [N, H, V] at each answer due
     [N], and at each lure [N]."""
     fires = []
-    for answer, heads in zip(np.unique(due), singles(holders)):
+    for answer, heads in zip(found["answers"], singles(found["holders"])):
+        if answer not in due or answer not in lure:
+            raise ValueError(f"answer {answer} must be due somewhere, and a lure")
         lead = mean_lead(complete[due == answer], answer)  # [H]
         lead_without_A = mean_lead(lured[lure == answer], answer)
         is_fired = lead_without_A[heads] > 0.5 * lead[heads]
@@ -669,9 +679,7 @@ def verdict(gated, layers, n_trigrams, seed, n_sequences=10_000):
     tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
     found = judge([gated], tokens, answers)
     some = slice(2000)  # of the sequences: a mean needs no more
-    fires = fires_without_A(
-        [gated], tokens[some], answers[some], lures[some], found["holders"]
-    )
+    fires = fires_without_A([gated], tokens[some], answers[some], lures[some], found)
     return {
         **found,
         "apart": is_apart(found),
@@ -702,10 +710,12 @@ def main(argv=None):
             rows.append(row)
             for name, array in params.items():
                 blocks[f"{key}/{name}"] = array
-    except (KeyboardInterrupt, FloatingPointError) as stop:
-        why = str(stop) or "interrupted"
-        print(f"\ntrain.py: {why}; {options.out} is as it was", flush=True)
-        return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    except KeyboardInterrupt:
+        print(f"\ntrain.py: interrupted; nothing in {options.out} has changed")
+        return 130
+    except FloatingPointError as problem:
+        print(f"\ntrain.py: {problem}; nothing in {options.out} has changed")
+        return 1
 
     common.write_rows(options.out / "main.json", rows)
     common.write_arrays(options.out / "blocks.npz", blocks)

@@ -65,7 +65,10 @@ def changes_of_hands(row):
     sentences = []
     for number, sets in enumerate(row["holders_toy"], 1):
         after = alone(row["holders_gated"][number - 1])
-        if sets and len(sets[0]) > 1 and after:
+        right_before = row["accuracy_toy"][number - 1] > 0.99
+        right_after = row["accuracy_gated"][number - 1] > 0.99
+        took_several = len(sets) > 0 and len(sets[0]) > 1
+        if took_several and after and right_before and right_after:
             heads = " and ".join(map(str, sets[0]))
             now = " or ".join(map(str, after))
             before = f"{row['key']}: B{number} took heads {heads} together"
@@ -99,6 +102,7 @@ def draw_before_after(path, rows):
 def draw_gates(path, rows):
     title = "How far each gated head is open towards A, for every query token"
     most = max(np.max(row["gates_at_A"]) for row in rows)
+    most = max(most, 1e-6)  # in a smoke run all gates may be closed
     with picture(path, title, 4.4, 1, 3, width_ratios=[8, 10, 12]) as axes:
         for ax, row in zip(axes[0], rows):
             n = len(row["accuracy_gated"])
@@ -126,7 +130,7 @@ def draw_heads(ax, cells, names, most, row, which):
     order = list(dict.fromkeys(order))  # each once
 
     grid = {"edgecolor": "0.85", "linewidth": 0.5}
-    shown = ax.pcolormesh(cells[order], cmap="Greys", vmin=0, vmax=most or 1, **grid)
+    shown = ax.pcolormesh(cells[order], cmap="Greys", vmin=0, vmax=most, **grid)
     columns = [names.index(name) + 0.5 for _, name in rings]
     lines = [order.index(head) + 0.5 for head, _ in rings]
     look = {"mfc": "none", "mec": RING, "ms": 9, "mew": 1.8}

@@ -32,6 +32,7 @@ def parse(question, n_seeds):
     options.out = FIGURES if options.is_whole else QUICK_FOLDER
     options.seeds = range(options.first, options.first + options.seeds)
     options.changes = QUICK if options.quick else {}
+    try_out(options.out)  # before hours are spent
     return options
 
 
@@ -47,12 +48,12 @@ def run(name, jobs, work, options):
     if options.quick:
         kept = QUICK_FOLDER / f"{name}.quick.jsonl"
         kept.unlink(missing_ok=True)
-    kept.parent.mkdir(exist_ok=True)
+    kept.parent.mkdir(exist_ok=True)  # a whole run keeps its rows there, too
     earlier = read_kept(kept)
 
     rows = []
     for number, job in enumerate(jobs, 1):
-        row = next((row for row in earlier if job.items() <= row.items()), None)
+        row = find_row(job, earlier)
         if row is None:
             began = time.perf_counter()
             row = rounded({**job, **work(job, options.changes)})
@@ -79,6 +80,14 @@ def read_kept(path):
 def n_fresh(changes):
     """On how many fresh sequences a model is judged; a few will do in a quick run."""
     return 500 if changes else 10_000
+
+
+def find_row(job, rows):
+    """The row that says all that the job says, or None."""
+    for row in rows:
+        if job.items() <= row.items():
+            return row
+    return None
 
 
 KEPT = ("apart", "share", "unexplained", "fires_without_A", "holders", "accuracy")

@@ -37,7 +37,14 @@ COLOURS = {
     "wrong": "#BBBBBB",  # more than 1% of the variance is unexplained
 }
 N_HEADS = 6
-RECIPE = {**train.RECIPE, "alpha": 0.1, "steps": 1200, "rate": 0.02}
+RECIPE = {
+    "alpha": 0.1,
+    "p": 0.6,
+    "steps": 1200,
+    "batch": 40,
+    "rate": 0.02,
+    "legs": train.RECIPE["legs"],
+}
 
 D = 7  # components 0 to 2 are the queries, 3 is the source, 4 to 6 are its numbers
 IS_WANTED = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1]])  # [query, number]
@@ -156,7 +163,9 @@ def gates_of(params):
 
 
 def write_map(params, head, _, wanted):
-    """Lets a head write a map [9]; if its rank is above 2, the nearest of rank 2."""
+    """Lets a head write along the two strongest directions of a map [9], both as
+    strongly: its columns have length 1. That is so of what copies two numbers.
+    """
     left, _, right = np.linalg.svd(np.reshape(wanted, (3, 3)))
     for name in ("W_V", "b_V", "W_O"):
         params[name][head] = 0

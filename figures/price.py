@@ -71,25 +71,15 @@ def toy_of(key, seed, n_steps=None):
 def floor(toy, tokens, target, seed, changes):
     """What is left unexplained by a block with one open head at each query token."""
     V = target.shape[2]
-    recipe = {**train.RECIPE, **changes}
+    recipe = {**train.RECIPE, "alpha": 0, **changes}
     start = gatedref.init_params(V, V, recipe["d_head"], seed)
-    fixed = {
-        "W_gate_Q": np.eye(V)[:, :, None],  # [H, V, G = 1]
-        "b_gate_Q": np.zeros((V, 1)),
-        "W_gate_K": np.zeros((V, V, 1)),
-        "b_gate_K": np.ones((V, 1)),
-        "value_scale": recipe["value_scale"] * np.max(np.abs(target)),
-    }
+    fixed = train.fixed_params(target, recipe)
+    fixed["W_gate_Q"] = np.eye(V)[:, :, None]  # [H, V, G = 1]
+    fixed["b_gate_Q"] = np.zeros((V, 1))
+    fixed["W_gate_K"] = np.zeros((V, V, 1))
+    fixed["b_gate_K"] = np.ones((V, 1))
     rng = np.random.default_rng([seed, 3])
-    variance = train.variance_of(target)
-
-    def objective(params):
-        batch = rng.integers(len(tokens), size=recipe["batch"])
-        x = np.eye(V)[tokens[batch]]
-        scalars = gatedref.loss({**params, **fixed}, x, target[batch], 0)
-        loss = scalars["mse"] / variance
-        return loss, {"loss": loss}
-
+    objective = train.objective_of(tokens, target, fixed, recipe, rng)
     params, _ = train.fit(objective, start, recipe)
     n_trigrams = (V - 2) // 2
     task = train.fresh_task(n_trigrams, seed, common.n_fresh(changes))
@@ -123,14 +113,15 @@ def alphas_table(rows):
     lines = []
     for (key, variant), runs in common.grouped(rows, "key", "variant").items():
         if variant != FLOOR:
-            lines.append((key, variant.removeprefix("alpha "), *common.summary(runs)))
+            lines.append((key, f"{runs[0]['alpha']:g}", *common.summary(runs)))
     return common.table(("setting", "alpha", *common.SUMMARY), lines)
 
 
 def draw(path, rows):
     panels = [("apart", np.mean), ("share", np.mean), ("unexplained", np.median)]
     groups = common.grouped(rows, "key", "variant")
-    title = "What separation costs (20 toys for each point)"
+    n_toys = len({row["seed"] for row in rows})
+    title = f"What separation costs ({n_toys} toys for each point)"
     with common.picture(path, title, 3.6, 1, 3) as axes:
         for ax, (name, average) in zip(axes[0], panels):
             for key in keys_of(rows):

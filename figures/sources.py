@@ -38,7 +38,15 @@ COLOURS = {  # by how many heads a pair is held, at least
     "three or more": "#DDCC77",
     "wrong": "#BBBBBB",  # not even by all heads
 }
-RECIPE = {**train.RECIPE, "heads": 3, "alpha": 0.1, "steps": 1200, "rate": 0.02}
+RECIPE = {
+    "heads": 3,
+    "value_scale": 2.0,
+    "alpha": 0.1,
+    "steps": 1200,
+    "batch": 40,
+    "rate": 0.02,
+    "legs": train.RECIPE["legs"],
+}
 N_HEADS = 4
 
 # Token 0 asks for the pair, 1 to 4 are signals, 5 to 11 noise, 12 to 21 name a pair.

@@ -31,8 +31,12 @@ def main():
     _, curves = train.take_apart(
         tokens, target, n_heads, seed=SEED, recipe=recipe, watch=watch
     )
-    draw_curves(options.out / "training.png", curves, recipe)
-    draw_film(options.out / "training.gif", frames[::2], curves, recipe)
+    smoothed = {}
+    for name in ("mse", "penalty"):
+        smoothed[name] = smooth([scalars[name] for scalars in curves])
+    draw_curves(options.out / "training.png", smoothed, recipe)
+    every_other = [*frames[:-1:2], frames[-1]]  # to keep the film small
+    draw_film(options.out / "training.gif", every_other, smoothed, recipe)
     print(f"training.png and training.gif are in {options.out}")
 
 
@@ -49,27 +53,28 @@ def shares_by_trigram(gated, task):
 
 def smooth(curve, width=20):
     """The median of a curve over the last steps, since single batches are noisy."""
-    starts = np.maximum(np.arange(len(curve)) - width, 0)
-    return np.array([np.median(curve[a : i + 1]) for i, a in enumerate(starts)])
+    medians = []
+    for end in range(1, len(curve) + 1):
+        start = max(end - width, 0)
+        medians.append(np.median(curve[start:end]))
+    return medians
 
 
 def plot_curves(ax, curves, recipe, n_steps):
     """Both curves over the first steps of a run."""
-    mse = smooth([scalars["mse"] for scalars in curves])[:n_steps]
-    penalty = smooth([scalars["penalty"] for scalars in curves])[:n_steps]
     for number in range(1, len(recipe["legs"])):
         place = recipe["steps"] * number / len(recipe["legs"])
         label = "spare heads may take over" if number == 1 else None
         ax.axvline(place, color="0.6", linestyle=":", label=label)
-    ax.plot(mse, color=UNEXPLAINED, label="unexplained")
-    ax.plot(penalty, color=PENALTY, label="penalty")
+    ax.plot(curves["mse"][:n_steps], color=UNEXPLAINED, label="unexplained")
+    ax.plot(curves["penalty"][:n_steps], color=PENALTY, label="penalty")
     ax.set(xlabel="step", ylabel="median of the last 20 steps")
     ax.set(yscale="log", xlim=(0, recipe["steps"]), ylim=(3e-3, 3))
 
 
 def draw_curves(path, curves, recipe):
     with common.picture(path, f"{KEY} comes apart (seed {SEED})", 3, 1, 1) as axes:
-        plot_curves(axes[0, 0], curves, recipe, len(curves))
+        plot_curves(axes[0, 0], curves, recipe, recipe["steps"])
 
 
 def draw_film(path, frames, curves, recipe):
@@ -83,6 +88,7 @@ def draw_film(path, frames, curves, recipe):
         FigureCanvasAgg(figure)
         ax_heads, ax_curves = figure.subplots(1, 2)
         last = frames[-1][1]
+        # By the trigram that a head does most of, then by how much it does there.
         order = np.lexsort((-last.max(axis=1), last.argmax(axis=1)))
 
         def draw_frame(number):
