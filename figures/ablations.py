@@ -1,6 +1,6 @@
 """What does the recipe need? One change to it at a time, on the toys of `price`.
 
-    python -m figures.ablations     about five hours on one core
+    python -m figures.ablations     about three hours on one core
 
 Among the changes are the three activations that the authors tried in place of the clamp
 (ReLU, tanh, binary gates), and their own recipe for 4H5T at our number of steps and
