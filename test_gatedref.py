@@ -1733,8 +1733,8 @@ def open_gates(params):
     """{(head, query, key): gate} of all gates that are open."""
     gate, _, _ = train.survey(params, ALL_PAIRS)
     found = {}
-    for index in np.argwhere(gate > 1e-9):
-        found[tuple(int(i) for i in index)] = float(gate[tuple(index)])
+    for head, query, key in np.argwhere(gate > 1e-9).tolist():
+        found[head, query, key] = float(gate[head, query, key])
     return found
 
 
@@ -1748,7 +1748,7 @@ def after_takeover(params, frequency=None):
         )
 
     trained = {name: params[name] for name in gatedref.GATED_BLOCK}
-    after = train.take_over(trained, look, frequency, 0.6, reach=4.0)
+    after = train.take_over(trained, look, frequency, 0.6, 4.0, train.write_vector)
     return {**after, "value_scale": params["value_scale"]}
 
 

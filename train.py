@@ -149,7 +149,7 @@ def check_finite(numbers, step):
 # while others share what it could do alone, and has to be put to work by hand.
 
 
-def take_over(params, look, frequency, p, reach, write=None):
+def take_over(params, look, frequency, p, reach, write):
     """Spare heads take over the (query, key) pairs of tokens most expensive to share.
 
     The head whose gates cost least is the next to take over. It is given the pair where
@@ -164,8 +164,6 @@ def take_over(params, look, frequency, p, reach, write=None):
     through a gate of 1. write: `write_vector`, or a function like it. Returns the new
     parameters.
     """
-    if write is None:
-        write = write_vector
     params = {name: array.copy() for name, array in params.items()}
     spare = list(range(len(params["W_Q"])))
     while spare:
@@ -363,7 +361,7 @@ def takeover_of(tokens, V, fixed, recipe, rng):
         return survey({**params, **fixed}, some, recipe["activation"])
 
     def let_take_over(params):
-        return take_over(params, look, frequency, recipe["p"], reach)
+        return take_over(params, look, frequency, recipe["p"], reach, write_vector)
 
     return let_take_over
 

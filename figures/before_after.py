@@ -9,6 +9,7 @@ import numpy as np
 
 from figures.common import picture, table
 
+RIGHT = 0.99  # a model is right on a trigram if its accuracy is above
 RING = "#D55E00"  # Okabe and Ito's vermilion, which the colour-blind can tell from grey
 
 
@@ -51,7 +52,7 @@ def held_by(holders, accuracy):
     cells = []
     for sets, right in zip(holders, accuracy):
         names = ["+".join(map(str, heads)) for heads in sets]
-        if right <= 0.99:
+        if right <= RIGHT:
             cells.append("wrong")
         elif names:
             cells.append(" or ".join(names))
@@ -65,8 +66,8 @@ def changes_of_hands(row):
     sentences = []
     for number, sets in enumerate(row["holders_toy"], 1):
         after = alone(row["holders_gated"][number - 1])
-        right_before = row["accuracy_toy"][number - 1] > 0.99
-        right_after = row["accuracy_gated"][number - 1] > 0.99
+        right_before = row["accuracy_toy"][number - 1] > RIGHT
+        right_after = row["accuracy_gated"][number - 1] > RIGHT
         took_several = len(sets) > 0 and len(sets[0]) > 1
         if took_several and after and right_before and right_after:
             heads = " and ".join(map(str, sets[0]))
@@ -124,7 +125,7 @@ def draw_heads(ax, cells, names, most, row, which):
     """
     rings = []
     for number, sets in enumerate(row[f"holders_{which}"], 1):
-        if row[f"accuracy_{which}"][number - 1] > 0.99:
+        if row[f"accuracy_{which}"][number - 1] > RIGHT:
             rings += [(head, f"B{number}") for head in alone(sets)]
     order = [head for head, _ in rings] + list(range(len(cells)))
     order = list(dict.fromkeys(order))  # each once

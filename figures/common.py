@@ -77,17 +77,17 @@ def read_kept(path):
     return rows
 
 
-def n_fresh(changes):
-    """On how many fresh sequences a model is judged; a few will do in a quick run."""
-    return 500 if changes else 10_000
-
-
 def find_row(job, rows):
     """The row that says all that the job says, or None."""
     for row in rows:
         if job.items() <= row.items():
             return row
     return None
+
+
+def n_fresh(changes):
+    """On how many fresh sequences a model is judged; a few will do in a quick run."""
+    return 500 if changes else 10_000
 
 
 KEPT = ("apart", "share", "unexplained", "fires_without_A", "holders", "accuracy")

@@ -1,6 +1,6 @@
 """Can gated blocks undo what the heads of two layers do together?
 
-    python -m figures.layers        about forty minutes on one core
+    python -m figures.layers        about 45 minutes on one core
 
 A toy of two layers learns skip trigrams. It is *across* if some trigram is held only by
 heads of both layers together; other toys are not used. Four things are tried on it:

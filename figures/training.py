@@ -22,7 +22,7 @@ def main():
     recipe = {**train.RECIPE, **options.changes}
     toy_recipe = {**train.TOY, **options.changes}
     _, tokens, target = train.toy_and_record(n_heads, n_trigrams, SEED, toy_recipe)
-    task = train.skip_trigram_task(n_trigrams, 1000, train.seeds_of(SEED).verdict)
+    task = train.fresh_task(n_trigrams, SEED, 1000)
     frames = []  # (part of the steps, shares [H, n])
 
     def watch(done, gated):
