@@ -28,6 +28,7 @@ import argparse
 import io
 import itertools
 import math
+import operator
 import os
 import sys
 import zipfile
@@ -36,6 +37,7 @@ from collections import namedtuple
 import autograd.numpy as np
 from autograd import grad, grad_and_aux
 from autograd.tracer import getval, isbox
+from numpy.ma import isMaskedArray
 
 # The axes of each parameter, a letter each.
 BLOCK = {
@@ -70,8 +72,7 @@ def attention(params, x):
     [B, T, H, K], `attn_scores pattern` [B, H, query, key], `result` [B, T, H, D] and
     `attn_out` [B, T, D].
     """
-    sizes = {}
-    params = check_params(BLOCK, params, sizes)
+    params, sizes = check_params(BLOCK, params)
     x = check_array("x", x, "BTD", sizes)
     return _attend(params, x)
 
@@ -159,8 +160,7 @@ def gated_attention(params, x, *, activation=clamp):
     if not callable(activation):
         kind = type(activation)
         raise TypeError(f"activation must be a function of the scores, got {kind}")
-    sizes = {}
-    params = check_params(GATED_BLOCK, params, sizes)
+    params, sizes = check_params(GATED_BLOCK, params)
     x = check_array("x", x, "BTD", sizes)
 
     gate_q = _per_head(x, params["W_gate_Q"], params["b_gate_Q"])  # [B, H, T, G]
@@ -212,7 +212,8 @@ def normalised(params):
 
     params: those of `gated_attention`. Returns a dict of the three, shapes unchanged.
     """
-    return _normalise(check_params(GATED_BLOCK, params, {}))
+    params, _ = check_params(GATED_BLOCK, params)
+    return _normalise(params)
 
 
 def _normalise(params):
@@ -253,7 +254,7 @@ def lp_penalty(gate, p=0.6):
     gate: [B, H, query, key], entries >= 0. p: a number > 0. Returns a scalar >= 0.
     """
     p = check_positive("p", p)
-    return _penalty(check_array("gate", gate, "BHTT", {}), p)
+    return _penalty(check_array("gate", gate, "BHTT"), p)
 
 
 def _penalty(gate, p):
@@ -292,7 +293,7 @@ def loss(params, x, target, alpha, *, activation=clamp, p=0.6):
 
     block = gated_attention(params, x, activation=activation)
     attn_out = block["attn_out"]
-    sizes = dict(zip("BTD", attn_out.shape))
+    sizes = sizes_of("x", attn_out, "BTD")
     target = check_array("target", target, "BTD", sizes)
 
     mse = np.mean((attn_out - target) ** 2)
@@ -306,7 +307,7 @@ def loss_and_grad(params, x, target, alpha, *, activation=clamp, p=0.6):
     The gradient is a dict with the names, shapes and types of `params`, `value_scale`
     included where the block has one. The arguments are those of `loss`.
     """
-    params = check_params(GATED_BLOCK, params, {})
+    params, _ = check_params(GATED_BLOCK, params)
 
     def objective(params):
         scalars = loss(params, x, target, alpha, activation=activation, p=p)
@@ -383,18 +384,18 @@ def transformer(layers, tokens, *, activation=clamp):
             f"layers must be a list of parameter dicts, got {type(layers)}"
         )
     checked = []
-    D = {}  # of the first layer, and so of all
+    V = None  # d_model of the first layer, and so of all
     for number, layer in enumerate(layers):
         axes = GATED_BLOCK if _is_gated(layer) else BLOCK
-        sizes = dict(D)
+        known = {} if V is None else {"D": (V, "layers[0]")}
         try:
-            checked.append(check_params(axes, layer, sizes))
+            params, sizes = check_params(axes, layer, known)
         except (TypeError, ValueError) as problem:
             raise type(problem)(f"layers[{number}]: {problem}") from None
-        D = {"D": sizes["D"]}
+        checked.append(params)
+        V, _ = sizes["D"]
 
-    V = D["D"]
-    tokens = check_tokens("tokens", tokens, "BT", V, {})
+    tokens = check_tokens("tokens", tokens, "BT", V)
     dtype = getval(checked[0]["W_Q"]).dtype
     residual = np.eye(V, dtype=dtype)[tokens]  # [B, T, V]
     blocks = []
@@ -520,11 +521,11 @@ def holders(result, answers, threshold=0.99):
     threshold = check_number("threshold", threshold)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must be in [0, 1), got {threshold}")
-    sizes = {}
-    result = check_array("result", result, "SHV", sizes)
-    answers = check_tokens("answers", answers, "S", sizes["V"], sizes)
-
+    result = check_array("result", result, "SHV")
     S, H, V = result.shape
+    sizes = sizes_of("result", result, "SHV")
+    answers = check_tokens("answers", answers, "S", V, sizes)
+
     lead = result[np.arange(S), :, answers][:, :, None] - result  # [S, H, V]
     push = np.maximum(lead, 0)
     against = np.sum(np.maximum(-lead, 0), axis=1)  # [S, V]
@@ -565,10 +566,10 @@ def make_case(name, params, x, target, alpha):
     to 0, and a right block in float32 fails there; compare in float64, or give an rtol.
     `random_case` has inputs on a grid, whose gates are either 0 or well above it.
     """
-    sizes = {}
-    params = check_params(GATED_BLOCK, params, sizes)
+    params, sizes = check_params(GATED_BLOCK, params)
     params = {name: array.astype(float) for name, array in params.items()}
     x = check_array("x", x, "BTD", sizes).astype(float)
+    sizes = sizes_of("x", x, "BTD")
     target = check_array("target", target, "BTD", sizes).astype(float)
 
     def loss_of_x(x):
@@ -922,13 +923,17 @@ def _weight_and_largest(case, name):
 # ---- The checks of arguments ---------------------------------------------------------
 
 
-def check_array(name, value, axes, sizes, kinds="fiu"):
+def check_array(name, value, axes, sizes=None, kinds="fiu"):
     """A value as an array with these axes, of finite numbers; integers become floats.
 
-    axes: a letter each. sizes: how long each axis is, as far as that is known; the axes
-    that are new in this array are added. So an array of a wrong length is refused,
-    where NumPy's broadcasting would make up a number.
+    axes: a letter each. sizes: the axes whose length is known, see `sizes_of`. So an
+    array of a wrong length is refused, where NumPy's broadcasting would make up a
+    number.
     """
+    if isMaskedArray(value):
+        raise ValueError(
+            f"{name} must have no mask: fill in what is masked, or drop it"
+        )
     try:
         array = value if isbox(value) else np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as problem:  # ragged, or of PyTorch
@@ -936,18 +941,10 @@ def check_array(name, value, axes, sizes, kinds="fiu"):
     numbers = getval(array)
     if numbers.dtype.kind not in kinds:
         wanted = "integers" if kinds == "iu" else "floats or integers"
-        raise ValueError(
-            f"{name} must be {wanted}, got {type(value)} of {numbers.dtype}"
-        )
+        found = f"{type(value)} of {numbers.dtype}" if axes else repr(value)
+        raise ValueError(f"{name} must be {wanted}, got {found}")
 
-    known = [f"{axis} = {sizes[axis]}" if axis in sizes else axis for axis in axes]
-    fits = numbers.ndim == len(axes) and numbers.size > 0
-    for axis, size in zip(axes, numbers.shape):
-        fits = fits and sizes.setdefault(axis, size) == size
-    if not fits:
-        shapes = f"[{', '.join(known)}], got shape {numbers.shape}"
-        raise ValueError(f"{name} must be of shape {shapes}")
-
+    _check_shape(name, numbers, axes, {} if sizes is None else sizes)
     if not np.isfinite(numbers).all():
         at = _first(~np.isfinite(numbers))
         where = f" at {at}" if at else ""
@@ -957,13 +954,39 @@ def check_array(name, value, axes, sizes, kinds="fiu"):
     return array
 
 
+def sizes_of(name, array, axes):
+    """How long each axis is, and in which array: {"T": (11, "x")}"""
+    return {axis: (size, name) for axis, size in zip(axes, np.shape(array))}
+
+
+def _check_shape(name, array, axes, sizes):
+    known = dict(sizes)
+    fits = array.ndim == len(axes) and array.size > 0
+    for axis, size in zip(axes, array.shape):
+        wanted, _ = known.setdefault(axis, (size, name))
+        fits = fits and size == wanted
+
+    if not fits:
+        wanted = []
+        for axis in axes:
+            if axis in sizes:
+                size, whose = sizes[axis]
+                axis = f"{axis} = {size} (as in {whose})"
+            wanted.append(axis)
+        shapes = f"[{', '.join(wanted)}], got shape {array.shape}"
+        raise ValueError(f"{name} must be of shape {shapes}")
+
+
 def _first(is_wrong):
     """The index of the first entry that is True."""
     return tuple(int(i) for i in np.argwhere(is_wrong)[0])
 
 
-def check_params(axes, params, sizes):
-    """The parameters of a block as arrays, each with its axes; `sizes` is as above."""
+def check_params(axes, params, sizes=None):
+    """The parameters of a block as arrays, each with its axes, and their `sizes_of`.
+
+    sizes: the axes whose length is known before.
+    """
     if not isinstance(getval(params), dict):
         raise TypeError(f"params must be a dict of arrays, got {type(params)}")
     missing = [name for name in axes if name not in params]
@@ -974,15 +997,18 @@ def check_params(axes, params, sizes):
         raise ValueError(f"params must have the names {list(axes)}: {found}")
 
     checked = {}
+    known = {} if sizes is None else sizes
     for name in params:
-        checked[name] = check_array(name, params[name], axes.get(name, ""), sizes)
+        letters = axes.get(name, "")
+        checked[name] = check_array(name, params[name], letters, known)
+        known = {**sizes_of(name, checked[name], letters), **known}
     if "value_scale" in checked and getval(checked["value_scale"]) <= 0:
         scale = getval(checked["value_scale"])
         raise ValueError(f"value_scale must be > 0, got {scale}")
-    return checked
+    return checked, known
 
 
-def check_tokens(name, value, axes, V, sizes):
+def check_tokens(name, value, axes, V, sizes=None):
     tokens = check_array(name, value, axes, sizes, kinds="iu")
     is_wrong = (tokens < 0) | (tokens >= V)
     if is_wrong.any():
@@ -992,7 +1018,7 @@ def check_tokens(name, value, axes, V, sizes):
 
 
 def check_number(name, value):
-    return float(check_array(name, value, "", {}))
+    return float(check_array(name, value, ""))
 
 
 def check_positive(name, value):
@@ -1003,7 +1029,13 @@ def check_positive(name, value):
 
 
 def check_whole(name, value, least):
-    number = int(check_array(name, value, "", {}, kinds="iu"))
+    """A whole number, as large as it may be; True and 2.0 are none."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
     if number < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {number}")
     return number

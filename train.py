@@ -367,9 +367,10 @@ def takeover_of(tokens, V, fixed, recipe, rng):
 
 
 def check_recorded(tokens, target):
-    sizes = {}
-    target = gatedref.check_array("target", target, "STV", sizes).astype(float)
-    tokens = gatedref.check_tokens("tokens", tokens, "ST", sizes["V"], sizes)
+    target = gatedref.check_array("target", target, "STV").astype(float)
+    sizes = gatedref.sizes_of("target", target, "STV")
+    V = target.shape[2]
+    tokens = gatedref.check_tokens("tokens", tokens, "ST", V, sizes)
     if variance_of(target) <= 1e-20 * np.mean(target**2):
         raise ValueError("target must depend on the tokens, got a constant")
     return tokens, target
@@ -503,8 +504,8 @@ def judge(layers, tokens, answers):
 
     ValueError, TypeError: an argument that is not as above, or no answer is asked.
     """
-    sizes = {}
-    tokens = gatedref.check_array("tokens", tokens, "ST", sizes, kinds="iu")
+    tokens = gatedref.check_array("tokens", tokens, "ST", kinds="iu")
+    sizes = gatedref.sizes_of("tokens", tokens, "ST")
     answers = gatedref.check_array("answers", answers, "ST", sizes, kinds="iu")
     if np.max(answers) < 0:
         raise ValueError("answers must hold a token that is due, got none")
