@@ -249,6 +249,8 @@ def lp_penalty(gate, p=0.6):
     cost 1, 1 and 2, so that one head could not be told from two which do half each.
 
     The mean is over all T x T pairs, key > query included, since the gate has no mask.
+    A gate sees no positions: where it is open to a key that comes later, it would be
+    open to the same key before, too. So nothing is lost, and the formula stays simple.
     The derivative counts as 0 where a gate is 0; for p < 1 it would be infinite.
 
     gate: [B, H, query, key], entries >= 0. p: a number > 0. Returns a scalar >= 0.
@@ -261,8 +263,13 @@ def _penalty(gate, p):
     lowest = getval(gate).min()
     if lowest < 0:
         raise ValueError(f"gate must be >= 0, got {lowest}")
-    sums = np.sum(_power(gate, p), axis=1)  # [B, query, key]
-    return np.mean(_power(sums, 1 / p))
+    return np.mean(charge(gate, p))
+
+
+def charge(gate, p):
+    """The norm over the heads: gate [..., H, query, key] -> [..., query, key]"""
+    sums = np.sum(_power(gate, p), axis=-3)
+    return _power(sums, 1 / p)
 
 
 def _power(base, exponent):
@@ -361,7 +368,10 @@ def init_params(n_heads, d_model, d_head, seed=0, d_gate=None):
 
 
 def _orthonormal(rng, n_rows, shape):
-    """The polar factor of a random matrix: the nearest one with orthonormal rows."""
+    """The matrix with orthonormal rows that is nearest to a random one.
+
+    So the heads start with gates that are as different as can be.
+    """
     matrix = rng.normal(size=(n_rows, math.prod(shape[1:])))
     left, _, right = np.linalg.svd(matrix, full_matrices=False)
     return (left @ right).reshape(shape)
@@ -456,17 +466,25 @@ def handmade_superposition(n_trigrams):
     """Two heads with d_head 1 that complete n trigrams together, without any training.
 
     Trigram i has the angle a_i = (i - 1/2) / n * 90 degrees. Its factor is cos(a_i) for
-    head 0 and sin(a_i) for head 1, and enters twice. At the query B_i a head gives A
-    the weight 1e-6 * factor_i, where any other key has the weight 1. With m other keys,
-    A's part of the pattern is then about 1e-6 / m * factor_i. (At other queries the
-    weight is 1e-12, and next to nothing is written.) The value at A is 1e8, and W_O
-    multiplies it by factor_j on C_j. So the two heads together write on C_j
+    head 0 and sin(a_i) for head 1. For n = 3 the angles are 15, 45 and 75 degrees, the
+    factors of head 0 are 0.97, 0.71, 0.26, and those of head 1 are 0.26, 0.71, 0.97.
 
-        100 / m * (cos(a_i) cos(a_j) + sin(a_i) sin(a_j)) = 100 / m * cos(a_i - a_j),
+    A factor enters twice. At the query B_i a head attends to A in proportion to
+    factor_i, and what it writes of A is in proportion to factor_j on C_j. So the two
+    heads together write on C_j
+
+        c * (cos(a_i) cos(a_j) + sin(a_i) sin(a_j)) = c * cos(a_i - a_j),
 
     which is largest for j = i. Alone, head 0 writes most on C_1 whatever the query is,
     and head 1 on C_n. So they hold the first trigram and the last, and all others are
-    distributed. n_trigrams: a whole number >= 2. Returns `attention` parameters, D = V.
+    distributed.
+
+    The numbers: in the softmax A has the weight 1e-6 * factor_i at B_i (1e-12 at other
+    queries, where next to nothing is written), and each of m other keys has 1. So A's
+    part of the pattern is about 1e-6 / m * factor_i, and the value at A is 1e8. That
+    makes c = 100 / m.
+
+    n_trigrams: a whole number >= 2. Returns `attention` parameters, D = V.
     """
     n = check_whole("n_trigrams", n_trigrams, 2)
     angles = (np.arange(n) + 0.5) / n * np.pi / 2
@@ -482,17 +500,126 @@ def handmade_superposition(n_trigrams):
     return params
 
 
-# ---- Which heads hold an answer ------------------------------------------------------
+# ---- Verdicts: which heads hold an answer --------------------------------------------
+
+RIGHT = 0.99  # the part of the positions on which a model, or a head, must be right
 
 
-def holders(result, answers, threshold=0.99):
+def unexplained(written, target):
+    """The part of the target's variance that is left unexplained.
+
+        sum of (written - target)^2  /  sum of (target - mean)^2
+
+    The mean is that of each of the D components, over all positions of all sequences.
+    0 is a copy; 1 is no better than always writing the mean. (Interpretability papers
+    call it FVU.)
+
+    written, target: [S, T, D], what a block writes and what it is to write, the
+    residual stream left out of both. Returns a float. ValueError: the target is the
+    same everywhere, or so large that its square overflows.
+    """
+    target = check_array("target", target, "STD")
+    written = check_array("written", written, "STD", sizes_of("target", target, "STD"))
+    deviation = variance_of(target) * target.size
+    error = 0.0
+    for part in parts(len(target), target[0].nbytes):
+        error += np.sum((written[part] - target[part]) ** 2, dtype=float)
+    return float(error / deviation)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # an overflow is told
+def variance_of(target):
+    """The mean over the components of their variance over all positions, a float.
+
+    target: [S, T, D]. ValueError: it is constant, or its square overflows.
+    """
+    S, T, _ = target.shape
+    slices = parts(S, target[0].nbytes)
+    mean = sum(np.sum(target[part], axis=(0, 1), dtype=float) for part in slices)
+    mean = mean / (S * T)
+    squares = sum(np.sum((target[part] - mean) ** 2, axis=(0, 1)) for part in slices)
+    variance = float(np.mean(squares / (S * T)))  # squares [D]
+
+    if not math.isfinite(variance):
+        raise ValueError("target must have a finite variance, but its square overflows")
+    if variance <= 1e-20 * np.mean(mean**2):  # no more than rounding
+        raise ValueError("target must depend on x, got the same everywhere")
+    return variance
+
+
+PART = 2**28  # bytes
+
+
+def parts(n_sequences, bytes_each):
+    """Slices of some sequences each, one at least, so that none takes over 256 MiB."""
+    size = max(1, PART // max(1, bytes_each))
+    return [slice(start, start + size) for start in range(0, n_sequences, size)]
+
+
+def judge(result, output, answers, *, most=None):
+    """What a model, and each of its heads, does with every answer that is asked of it.
+
+    result: [N, H, V], what each head writes at N positions, in the space of the
+    answers. Where a model has an unembedding W_U [D, V], that is `result` @ W_U.
+    output: [N, V], what the model says there, residual stream and all. answers:
+    integers [N] in [0, V), what it should say. most: see `holders`.
+
+    Returns a dict of lists, an entry for each answer in rising order:
+
+        answers     the answer
+        accuracy    the part of its positions where it is the largest entry of `output`
+        holders     the smallest sets of heads that hold it, see `holders`, as judged on
+                    its first 1,000 positions; the residual stream has no part in it
+        shares      [H]: the norm of what a head writes, over the sum of all heads'
+                    norms; the mean over the positions
+    """
+    result = check_array("result", result, "NHV")
+    sizes = sizes_of("result", result, "NHV")
+    output = check_array("output", output, "NV", sizes)
+    answers = check_tokens("answers", answers, "N", result.shape[2], sizes)
+    is_right = np.argmax(output, axis=1) == answers
+    shares = shares_of(result)
+
+    found = {"answers": [], "accuracy": [], "holders": [], "shares": []}
+    for answer in np.unique(answers):
+        mine = answers == answer
+        held_by = holders(result[mine][:1000], answers[mine][:1000], most=most)
+        found["answers"].append(int(answer))
+        found["accuracy"].append(float(np.mean(is_right[mine])))
+        found["holders"].append(held_by)
+        found["shares"].append(np.mean(shares[mine], axis=0).tolist())
+    return found
+
+
+def shares_of(result):
+    """Each head's share in the sum of all heads' norms: [N, H, V] -> [N, H]"""
+    norms = np.linalg.norm(result, axis=2)
+    total = np.sum(norms, axis=1, keepdims=True)
+    return norms / np.where(total > 0, total, 1)
+
+
+def share_of(found):
+    """How much one head does: the largest share, averaged over what `judge` found."""
+    return float(np.mean([max(shares) for shares in found["shares"]]))
+
+
+def holders(result, answers, threshold=RIGHT, *, most=None):
     """The smallest sets of heads that hold an answer.
 
     A group of heads *holds* an answer when it is enough, whatever other heads are
-    removed: for every set of remaining heads that contains the group, np.argmax over V
-    of what the remaining heads write, summed, is the answer. This must be so for all
-    sets at once, on more than `threshold` of the sequences. An answer that is right,
-    and that no single head holds, is *distributed*: it is in superposition.
+    removed, that is, have their output set to 0. By brute force, `others` being the
+    heads outside of the group:
+
+        right = np.ones(S, dtype=bool)
+        for size in range(len(others) + 1):
+            for kept in itertools.combinations(others, size):
+                written = result[:, [*group, *kept]].sum(axis=1)
+                right &= written.argmax(axis=1) == answers
+        holds = right.mean() > threshold
+
+    An answer that is right, and that no single head holds, is *distributed*: it is in
+    superposition. (The published rule, for one head, always removes at least one other
+    head. It tests separately whether all heads together are right.)
 
     Not every set has to be tried. The lead of head h over a rival token c is
 
@@ -504,27 +631,27 @@ def holders(result, answers, threshold=0.99):
         sum over the group of max(m_h, 0)  >  sum over all heads of max(-m_h, 0):
 
     it pushes the answer further up than all heads, its own included, push the rival.
-    (>= where c comes after the answer: np.argmax takes the first of equals.) A sum is
-    linear in how far each head is turned down. So the worst case is always a head that
-    is wholly on or wholly off, and heads that are only turned down are covered too.
-
-    The published rule, for one head, always removes at least one other head. It tests
-    separately whether all heads together are right.
+    (>= where c comes after the answer: np.argmax takes the first of equals.) This says
+    too that heads which are only turned down do no more harm than heads removed.
 
     It costs a pass over `result` for every set of heads up to the size that holds: with
-    16 heads 65,535 sets at most, with 24 or more too many, unless a small set holds.
+    16 heads 65,535 sets at most; with 24 or more it can take minutes, unless a small
+    set holds, or `most` ends the search.
 
     result: [S, H, V], what each head writes at one position of each sequence. answers:
-    integers [S] in [0, V). threshold: in [0, 1). Returns a list of tuples of heads, all
-    of the smallest size that holds; empty where not even all heads do.
+    integers [S] in [0, V). threshold: in [0, 1). most: how many heads a set may have; a
+    whole number >= 1, or None for all. Returns a list of tuples of heads, all of the
+    smallest size that holds; empty where not even all heads do, or no set up to `most`.
     """
     threshold = check_number("threshold", threshold)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must be in [0, 1), got {threshold}")
     result = check_array("result", result, "SHV")
     S, H, V = result.shape
-    sizes = sizes_of("result", result, "SHV")
-    answers = check_tokens("answers", answers, "S", V, sizes)
+    answers = check_tokens(
+        "answers", answers, "S", V, sizes_of("result", result, "SHV")
+    )
+    most = H if most is None else min(check_whole("most", most, 1), H)
 
     lead = result[np.arange(S), :, answers][:, :, None] - result  # [S, H, V]
     push = np.maximum(lead, 0)
@@ -538,11 +665,94 @@ def holders(result, answers, threshold=0.99):
 
     if not holds(range(H)):  # then no fewer heads do: each adds to the left side only
         return []
-    for size in range(1, H + 1):
+    for size in range(1, most + 1):
         groups = itertools.combinations(range(H), size)
         holding = [group for group in groups if holds(group)]
         if holding:
             return holding
+    return []
+
+
+def singles(holders):
+    """For each answer the heads that hold it by themselves."""
+    alone = []
+    for sets in holders:
+        alone.append([heads[0] for heads in sets if len(heads) == 1])
+    return alone
+
+
+def is_apart(found, least=RIGHT):
+    """Whether each answer is right and has a head of its own that holds it.
+
+    found: what `judge` returns. An answer is right if its accuracy is above `least`. Of
+    the heads that hold each answer alone, one must be chosen so that none is chosen
+    twice.
+    """
+    if min(found["accuracy"]) <= least:
+        return False
+    alone = singles(found["holders"])
+    chosen_by = {}  # head: the answer that has it
+    for answer in range(len(alone)):
+        if not _choose(answer, alone, chosen_by, set()):
+            return False
+    return True
+
+
+def _choose(answer, alone, chosen_by, tried):
+    """Finds a head for an answer, if need be by finding others for those before it.
+
+    (An augmenting path of a matching in a bipartite graph: Kuhn, 1955.)
+    """
+    for head in alone[answer]:
+        if head in tried:
+            continue
+        tried.add(head)
+        is_free = head not in chosen_by
+        if is_free or _choose(chosen_by[head], alone, chosen_by, tried):
+            chosen_by[head] = answer
+            return True
+    return False
+
+
+def fires_without_A(found, result, answers, result_without_A, lures):
+    """For each answer, whether every head that holds it alone fires without its A, too.
+
+    A head may write C whenever B comes, whether an A came before or not, while another
+    head takes it back where none did: it copies, the other cancels. It holds the
+    trigram by the published rule, which looks at completed trigrams only. A head *fires
+    without A* if its lead on C (what it writes there less the largest of what else it
+    writes) is, on average where no A came, more than half of what it is where the
+    trigram is complete.
+
+    found: what `judge` returns. result: [N, H, V], what heads write at B in completed
+    trigrams; answers: integers [N], their C. result_without_A [M, H, V], lures [M]: the
+    same at B that no A came before. Returns a list of booleans. ValueError: an answer
+    of `found` is not among `answers`, or not among `lures`.
+    """
+    result = check_array("result", result, "NHV")
+    sizes = sizes_of("result", result, "NHV")
+    _, H, V = result.shape
+    answers = check_tokens("answers", answers, "N", V, sizes)
+    both = {"H": (H, "result"), "V": (V, "result")}
+    without = check_array("result_without_A", result_without_A, "MHV", both)
+    sizes = sizes_of("result_without_A", without, "MHV")
+    lures = check_tokens("lures", lures, "M", V, sizes)
+
+    fires = []
+    for answer, heads in zip(found["answers"], singles(found["holders"])):
+        if answer not in answers or answer not in lures:
+            raise ValueError(f"answer {answer} must be among answers, and among lures")
+        lead = _mean_lead(result[answers == answer], answer)  # [H]
+        lead_without_A = _mean_lead(without[lures == answer], answer)
+        is_fired = lead_without_A[heads] > 0.5 * lead[heads]
+        fires.append(len(heads) > 0 and bool(np.all(is_fired)))
+    return fires
+
+
+def _mean_lead(result, answer):
+    """How far each head writes an answer above all else: [N, H, V] -> mean, [H]"""
+    others = np.delete(result, answer, axis=2)
+    return np.mean(result[:, :, answer] - np.max(others, axis=2), axis=0)
 
 
 # ---- The conformance kit: is another implementation right, and if not, where? --------
