@@ -9,7 +9,9 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -1726,7 +1728,9 @@ def four_heads(gates):
     return params
 
 
-ALL_PAIRS = np.array(list(itertools.product(range(4), repeat=4)))  # sequences [S, T]
+# All sequences of four tokens, one-hot.
+ALL_PAIRS = np.eye(4)[list(itertools.product(range(4), repeat=4))]
+EVEN = np.full((4, 4), 1 / 16)
 
 
 def open_gates(params):
@@ -1738,35 +1742,30 @@ def open_gates(params):
     return found
 
 
-def after_takeover(params, frequency=None):
-    if frequency is None:
-        frequency = np.full((4, 4), 1 / 16)
+def after_takeover(params, frequency=EVEN):
+    fixed = {"value_scale": params["value_scale"]}
 
     def look(trained):
-        return train.survey(
-            {**trained, "value_scale": params["value_scale"]}, ALL_PAIRS
-        )
+        return train.survey({**trained, **fixed}, ALL_PAIRS)
 
-    trained = {name: params[name] for name in gatedref.GATED_BLOCK}
+    trained = {name: params[name] for name in GATED_BLOCK}
     after = train.take_over(trained, look, frequency, 0.6, 4.0, train.write_vector)
-    return {**after, "value_scale": params["value_scale"]}
+    return {**after, **fixed}
 
 
 ALONE = {(0, 1, 0): 0.8, (1, 3, 1): 0.7, (2, 0, 3): 0.9}  # each its head's alone
 SHARED = {(0, 2, 0): 0.5, (1, 2, 0): 0.3}
 
 
-def test_a_spare_head_takes_over_a_shared_pair():
+def test_a_spare_head_takes_over_the_pair_whose_sharing_costs_most():
     after = open_gates(after_takeover(four_heads({**ALONE, **SHARED})))
     assert after == pytest.approx({**ALONE, (3, 2, 0): 0.8})
 
-
-def test_the_pair_whose_sharing_costs_most_is_taken_over_first():
     less = {(0, 0, 2): 0.3, (1, 0, 2): 0.2}
     after = open_gates(after_takeover(four_heads({**ALONE, **SHARED, **less})))
     assert after == pytest.approx({**ALONE, **less, (3, 2, 0): 0.8})
 
-    rare = np.full((4, 4), 1 / 16)
+    rare = EVEN.copy()
     rare[2, 0] /= 10
     after = open_gates(after_takeover(four_heads({**ALONE, **SHARED, **less}), rare))
     assert after == pytest.approx({**ALONE, **SHARED, (3, 0, 2): 0.5})
@@ -1784,25 +1783,25 @@ def test_nothing_is_taken_over_where_it_would_not_pay_or_cannot_be_done():
 def test_a_head_that_takes_over_writes_what_all_wrote_there_and_the_rest_stays():
     before = four_heads({**ALONE, **SHARED})
     after = after_takeover(before)
-    _, _, written_before = train.survey(before, ALL_PAIRS)
-    _, _, written_after = train.survey(after, ALL_PAIRS)
-    together_before = written_before.sum(axis=0)
-    together_after = written_after.sum(axis=0)
+    together = []
+    for params in (before, after):
+        gate, pattern, value = train.survey(params, ALL_PAIRS)
+        together.append(np.einsum("hqk,hqk,hkd->qkd", gate, pattern, value))
 
-    largest = np.abs(together_before).max()
-    change = np.abs(together_after - together_before)
-    assert change[2, 0].max() < 0.01 * largest  # a trace of the old weights is left
+    change = np.abs(together[1] - together[0])
+    # A trace of the old weights is left.
+    assert change[2, 0].max() < 0.01 * np.abs(together[0]).max()
     change[2, 0] = 0
     assert change.max() < 1e-12
-    for name in gatedref.BLOCK:
+    for name in BLOCK:
         np.testing.assert_array_equal(after[name][:3], before[name][:3])
 
 
 def test_a_survey_is_what_the_block_does_on_average():
     params = {**normal_params(sizes={**SIZES, "D": 5}), "value_scale": np.array(3.0)}
-    tokens = np.array([[0, 1, 1, 3], [2, 1, 0, 3]])
-    gate, pattern, written = train.survey(params, tokens)
-    block = gatedref.gated_attention(params, np.eye(5)[tokens])
+    x = np.eye(5)[[[0, 1, 1, 3], [2, 1, 0, 3]]]
+    gate, pattern, value = train.survey(params, x)
+    block = gatedref.gated_attention(params, x)
     # Token 1 looks at token 1 from positions 1 and 2 of the first sequence and from
     # position 1 of the second; at the second of these it sees two of them.
     attention = block["pattern"][0, :, 1, 1] + block["pattern"][1, :, 1, 1]
@@ -1810,20 +1809,19 @@ def test_a_survey_is_what_the_block_does_on_average():
     assert_close(pattern[:, 1, 1], attention / 3, 13)
     assert_close(gate[:, 1, 3], block["gate"][0, :, 1, 3], 13)
 
-    in_sum = np.einsum("hkd->kd", written[:, 3])  # all that token 3 writes on average
+    # All that token 3 writes on average.
+    in_sum = np.einsum("hk,hk,hkd->d", gate[:, 3], pattern[:, 3], value)
     result = block["attn_out"][0, 3] + block["attn_out"][1, 3]
-    assert_close(in_sum.sum(axis=0), result / 2, 13)
+    assert_close(in_sum, result / 2, 13)
 
 
 def test_pairs_are_as_frequent_as_in_the_mean_that_the_penalty_takes():
     tokens = np.array([[0, 1, 1], [2, 1, 0]])
-    frequency = train.pair_frequency(tokens, 4)
     expected = np.zeros((4, 4))
     for sequence in tokens:
-        for query in sequence:
-            for key in sequence:  # keys after the query too: the gate has no mask
-                expected[query, key] += 1 / 18
-    assert_close(frequency, expected, 14)
+        for query, key in itertools.product(sequence, sequence):
+            expected[query, key] += 1 / 18  # keys after the query too
+    assert_close(train.pair_frequency(np.eye(4)[tokens]), expected, 14)
 
 
 def test_a_stuck_gate_gets_a_gradient_only_where_a_step_downhill_leads_back():
@@ -1844,140 +1842,211 @@ def test_a_stuck_gate_gets_a_gradient_only_where_a_step_downhill_leads_back():
 
 # ---- train.py: training --------------------------------------------------------------
 
-SHORT = {**train.RECIPE, "steps": 12, "batch": 5}
+SHORT = train.RECIPE._replace(steps=12, batch=5)
 TOKENS, _ = gatedref.sample_skip_trigrams(3, 40)
+ONE_HOT = np.eye(8)[TOKENS]
 HANDMADE = gatedref.handmade_superposition(3)
 TARGET = train.written([HANDMADE], TOKENS)
 
 
+def attn_out_of(gated, x):
+    return gatedref.gated_attention(gated, x)["attn_out"]
+
+
+def assert_same_block(actual, expected):
+    for name in GATED_BLOCK:
+        np.testing.assert_array_equal(actual[name], expected[name])
+
+
 def test_each_leg_has_its_rate_and_an_adam_of_its_own():
-    places = []
+    slopes = iter([1.0] * 100 + [1000.0] * 100)
+    recipe = train.TOY._replace(steps=200, rate=0.1, rate_factors=(1.0, 0.3))
 
-    def slope_of_one(params):  # with a constant slope Adam's steps are the rate
-        return params["x"], {"loss": params["x"]}
+    def draw():
+        return (next(slopes),)
 
-    def note_and_jump(params):
-        places.append(params["x"])
-        return {"x": params["x"] + 100}
+    def loss_of(layers, slope):
+        return slope * layers[0]["x"]
 
-    recipe = {"steps": 200, "rate": 0.1, "legs": (1.0, 1.0, 0.3, 0.1)}
-    found, curves = train.fit(slope_of_one, {"x": 1.0}, recipe, between=note_and_jump)
-    assert places == pytest.approx([-4, 91, 189.5])
-    assert found["x"] == pytest.approx(289)
-    assert len(curves) == 200 and curves[0] == {"loss": 1}
+    # Where the slope stays the same Adam's steps are the rate, whatever it is.
+    (found,) = train.descend(loss_of, [{"x": np.array(1.0)}], draw, recipe)
+    assert found["x"] == pytest.approx(1 - 100 * 0.1 - 100 * 0.03)
+
+
+def test_the_first_step_of_a_leg_moves_each_parameter_by_the_rate():
+    seen = []
+
+    def watch(_, gated):
+        seen.append(gated["W_O"])
+
+    recipe = SHORT._replace(steps=2, rate_factors=(1.0, 0.5), takeovers=False)
+    train.take_apart(ONE_HOT, TARGET, 2, recipe=recipe, watch=watch)
+    for before, after, rate in zip(seen, seen[1:], (0.01, 0.005)):
+        moved = np.abs(after - before)
+        np.testing.assert_allclose(moved[moved > 1e-9], rate, rtol=1e-3)
+        assert (moved > 1e-9).mean() > 0.5
 
 
 def test_training_minimises_the_loss_of_the_reference_over_the_targets_variance():
     """On one sequence every batch is the whole, so the first step can be foretold."""
-    tokens = np.array([[7, 0, 3, 2, 6, 1, 4, 5]])
-    target = train.written([HANDMADE], tokens)
-    recipe = {**SHORT, "alpha": 8.0, "d_head": 3}
-    gated, curves = train.take_apart(tokens, target, 2, seed=5, recipe=recipe)
+    x = np.eye(8)[[[7, 0, 3, 2, 6, 1, 4, 5]]]
+    target = gatedref.attention(HANDMADE, x)["attn_out"]
+    recipe = SHORT._replace(alpha=8.0, d_head=3)
+    gated, curves = train.take_apart(x, target, 2, seed=5, recipe=recipe)
 
     variance = target.var(axis=(0, 1)).mean()
     start = gatedref.init_params(8, 8, 3, 5, d_gate=2)
     start["value_scale"] = 2 * np.abs(target).max()
-    loss = gatedref.loss(start, np.eye(8)[tokens], target, 8 * variance)
+    loss = gatedref.loss(start, x, target, 8 * variance)
     assert gated["value_scale"] == start["value_scale"]
     assert curves[0]["loss"] == pytest.approx(loss["loss"] / variance)
-    assert curves[0]["mse"] == pytest.approx(loss["mse"] / variance)
+    assert curves[0]["unexplained"] == pytest.approx(loss["mse"] / variance)
     assert curves[0]["penalty"] == pytest.approx(loss["penalty"])
     assert len(curves) == 12
 
+    growing = recipe._replace(alpha_growth=0.5, takeovers=False)
+    _, curves = train.take_apart(x, target, 2, recipe=growing)
+    for step, alpha in ((0, 0), (3, 4), (6, 8), (11, 8)):
+        now = curves[step]
+        assert now["loss"] == pytest.approx(now["unexplained"] + alpha * now["penalty"])
 
-def test_a_seed_makes_the_same_block_again_and_another_seed_another():
-    first, _ = train.take_apart(TOKENS, TARGET, 2, recipe=SHORT)
-    again, _ = train.take_apart(TOKENS.tolist(), TARGET, 2, recipe=SHORT)
-    other, _ = train.take_apart(TOKENS, TARGET, 2, seed=1, recipe=SHORT)
-    for name in gatedref.GATED_BLOCK:
-        np.testing.assert_array_equal(first[name], again[name])
+
+def test_a_large_batch_is_differentiated_in_parts_and_makes_the_same_gradient():
+    params = normal_params(sizes={**SIZES, "D": 8})
+    recipe = SHORT._replace(activation=gatedref.clamp)
+    x = np.repeat(ONE_HOT, 10, axis=1)[:24]  # T = 110: 23 such sequences are a part
+    target = np.repeat(TARGET, 10, axis=1)[:24]
+    slices = gatedref.parts(24, train.bytes_of_gradient(x, 4))
+    assert slices == [slice(0, 23), slice(23, 46)]
+    arguments = (x, target, 2.0, 0.5, recipe)
+    gradient, scalars = train.gradient_at(params, {}, *arguments)
+    whole, expected = grad_and_aux(train.loss_of_block)(params, {}, *arguments)
+    assert scalars == pytest.approx(expected)
+    assert_all_close(gradient, whole, 12)
+
+
+def test_a_seed_makes_the_same_block_again_and_another_seed_another(tmp_path):
+    first, _ = train.take_apart(ONE_HOT, TARGET, 2, recipe=SHORT)
+    other, _ = train.take_apart(ONE_HOT, TARGET, 2, seed=1, recipe=SHORT)
+    for name in GATED_BLOCK:
         assert (first[name] != other[name]).any()
-    published, _ = train.take_apart(
-        TOKENS, TARGET, 2, recipe={**train.PUBLISHED, "steps": 3, "batch": 5}
-    )
-    assert published["W_Q"].shape == (4, 8, 1) and "value_scale" not in published
+
+    np.save(tmp_path / "target.npy", TARGET)
+    mapped = np.load(tmp_path / "target.npy", mmap_mode="r")
+    permuted = np.transpose(np.transpose(TARGET, (2, 0, 1)).copy(), (1, 2, 0))
+    for target in (TARGET.tolist(), np.asfortranarray(TARGET), mapped, permuted):
+        again, _ = train.take_apart(ONE_HOT.astype(int), target, 2, recipe=SHORT)
+        assert_same_block(again, first)
+
+    published_recipe = train.PUBLISHED._replace(steps=3, batch=5)
+    block, _ = train.take_apart(ONE_HOT, TARGET, 2, recipe=published_recipe)
+    assert block["W_Q"].shape == (4, 8, 1) and "value_scale" not in block
+
+
+def test_float32_in_trains_in_float32():
+    x, target = ONE_HOT.astype(np.float32), TARGET.astype(np.float32)
+    single, curves = train.take_apart(x, target, 2, recipe=SHORT)
+    assert {array.dtype for array in single.values()} == {np.dtype(np.float32)}
+    double, expected = train.take_apart(x, target.astype(float), 2, recipe=SHORT)
+    assert double["W_Q"].dtype == np.float64
+    assert curves[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
 
 
 def test_a_watcher_sees_the_block_as_it_stands():
     seen = []
 
     def watch(done, gated):
-        seen.append((done, train.unexplained(gated, TOKENS, TARGET)))
+        seen.append((done, gated))
 
-    gated, _ = train.take_apart(TOKENS, TARGET, 2, recipe=SHORT, watch=watch)
+    gated, _ = train.take_apart(ONE_HOT, TARGET, 2, recipe=SHORT, watch=watch)
     assert [done for done, _ in seen] == pytest.approx(np.arange(13) / 12)
-    assert seen[-1][1] == train.unexplained(gated, TOKENS, TARGET)
+    assert_same_block(seen[-1][1], gated)
 
 
 def test_the_handmade_heads_come_apart():
     tokens, _ = gatedref.sample_skip_trigrams(3, 1000)
     target = train.written([HANDMADE], tokens)
-    recipe = {**train.RECIPE, "steps": 300, "rate": 0.03, "alpha": 1.0}
-    gated, _ = train.take_apart(tokens, target, 2, seed=3, recipe=recipe)
+    recipe = train.RECIPE._replace(steps=300, rate=0.03, alpha=1.0)
+    gated, _ = train.take_apart(np.eye(8)[tokens], target, 2, seed=3, recipe=recipe)
 
     task = train.skip_trigram_task(3, 2000, seed=1)
-    found = train.judge([gated], task["tokens"], task["answers"])
-    assert train.is_apart(found)
-    assert train.share_of(found) > 0.9
-    assert train.unexplained(gated, tokens, target) < 0.02
+    found = train.verdict(train.writes([gated]), [HANDMADE], task)
+    assert found["apart"]
+    assert found["share"] > 0.9
+    assert found["unexplained"] < 0.02
 
 
-def test_one_gated_block_learns_what_two_layers_write_together():
-    layers = train.train_toy(1, 2, 0, {**train.TOY, "steps": 300}, n_layers=2)
-    tokens, _ = gatedref.sample_skip_trigrams(2, 1000)
-    target = train.written(layers, tokens)
-    first, second = gatedref.transformer(layers, tokens)["blocks"]
-    np.testing.assert_allclose(target, first["attn_out"] + second["attn_out"])
-
-    recipe = {**train.RECIPE, "steps": 200, "rate": 0.03, "alpha": 0.1}
-    gated, _ = train.take_apart(tokens, target, 2, recipe=recipe)
-    assert train.unexplained(gated, tokens, target) < 0.2
+def test_any_residual_stream_can_be_taken_apart():
+    """Positions in x, and D no vocabulary: a block learns what another block writes."""
+    rng = np.random.default_rng(0)
+    embedding, positions = rng.normal(size=(6, 12)), rng.normal(size=(9, 12))
+    x = embedding[rng.integers(6, size=(300, 9))] + positions
+    model = gatedref.init_params(2, 12, 3, seed=1)
+    target = gatedref.attention(model, x)["attn_out"]
+    recipe = train.RESIDUAL._replace(steps=200, rate=0.02, d_head=3, alpha=0.0)
+    gated, _ = train.take_apart(x, target, 2, recipe=recipe)
+    assert gated["W_Q"].shape == (2 * recipe.expansion, 12, 3)
+    assert gatedref.unexplained(attn_out_of(gated, x), target) < 0.05
 
 
 REFUSED_BY_TAKE_APART = [
-    ("tokens must be in", {"tokens": TOKENS + 1}),
-    ("tokens must be integers", {"tokens": TOKENS + 0.5}),
-    ("target must be of shape", {"target": TARGET[0]}),
-    ("tokens must be of shape", {"tokens": TOKENS[:5]}),
+    ("x", {"x": TOKENS}),
+    ("np.eye(V)[tokens]", {"x": TOKENS}),
+    ("x must be one-hot", {"x": ONE_HOT / 2}),
+    ("train.RESIDUAL", {"x": ONE_HOT + 1}),
+    ("x", {"x": np.ma.masked_equal(ONE_HOT, 0)}),
+    ("target", {"target": np.ma.masked_less(TARGET, 0)}),
+    ("target", {"target": TARGET[0]}),
+    ("T = 10 (as in x)", {"x": ONE_HOT[:, 1:]}),
+    ("D = 7 (as in x)", {"x": ONE_HOT[:, :, 1:]}),
     ("target must be finite", {"target": TARGET * np.nan}),
-    ("target must depend on the tokens", {"target": np.ones_like(TARGET)}),
+    ("target", {"target": np.ones_like(TARGET)}),
+    ("overflows", {"target": TARGET * 1e155}),
     ("n_heads must be a whole number >= 1", {"n_heads": 0}),
-    ("seed must be a whole number >= 0", {"seed": -1}),
-    ("watch must be", {"watch": "progress"}),
-    ("recipe must be a dict", {"recipe": None}),
-    ("not so: ['stepz']", {"recipe": {**SHORT, "stepz": 3}}),
-    ("recipe['steps'] must be", {"recipe": {**SHORT, "steps": 50.0}}),
-    ("recipe['steps'] must be", {"recipe": {**SHORT, "steps": 0}}),
-    ("recipe['batch'] must be", {"recipe": {**SHORT, "batch": 0}}),
-    ("recipe['rate'] must be > 0", {"recipe": {**SHORT, "rate": -1}}),
-    ("recipe['rate'] must be finite", {"recipe": {**SHORT, "rate": np.inf}}),
-    ("recipe['alpha'] must be >= 0", {"recipe": {**SHORT, "alpha": -1}}),
-    ("recipe['value_scale'] must be > 0", {"recipe": {**SHORT, "value_scale": 0}}),
-    ("recipe['legs'] must be", {"recipe": {**SHORT, "legs": ()}}),
-    ("recipe['legs'][1] must be > 0", {"recipe": {**SHORT, "legs": (1, 0)}}),
-    ("recipe['activation'] must be", {"recipe": {**SHORT, "activation": "clamp"}}),
-    ("recipe['takeovers'] must be", {"recipe": {**SHORT, "takeovers": 2}}),
+    ("'2'", {"n_heads": "2"}),
+    ("seed", {"seed": -1}),
+    ("watch", {"watch": "progress"}),
+    ("GiB", {"x": np.ones((1, 10**5, 1)), "target": np.ones((1, 10**5, 1))}),
+    ("Recipe", {"recipe": None}),
+    ("Recipe", {"recipe": SHORT._asdict()}),
+    ("recipe.d_gate", {"recipe": train.TOY._replace(expansion=1, d_head=1)}),
+    ("recipe.steps", {"recipe": SHORT._replace(steps=50.0)}),
+    ("recipe.steps", {"recipe": SHORT._replace(steps=0)}),
+    ("recipe.batch", {"recipe": SHORT._replace(batch=0)}),
+    ("recipe.rate must be > 0", {"recipe": SHORT._replace(rate=-1)}),
+    ("recipe.rate must be finite", {"recipe": SHORT._replace(rate=np.inf)}),
+    ("recipe.p", {"recipe": SHORT._replace(p=0)}),
+    ("recipe.alpha", {"recipe": SHORT._replace(alpha=-1)}),
+    ("recipe.alpha_growth", {"recipe": SHORT._replace(alpha_growth=1.1)}),
+    ("recipe.value_scale", {"recipe": SHORT._replace(value_scale=0)}),
+    ("recipe.rate_factors", {"recipe": SHORT._replace(rate_factors=())}),
+    ("recipe.rate_factors[1]", {"recipe": SHORT._replace(rate_factors=(1, 0))}),
+    ("recipe.activation", {"recipe": SHORT._replace(activation="clamp")}),
+    ("recipe.takeovers", {"recipe": SHORT._replace(takeovers=2)}),
 ]
 
 
-@pytest.mark.parametrize("message, change", REFUSED_BY_TAKE_APART)
-def test_take_apart_refuses_by_name(message, change):
-    arguments = {"tokens": TOKENS, "target": TARGET, "n_heads": 2, "recipe": SHORT}
+@pytest.mark.parametrize("words, change", REFUSED_BY_TAKE_APART)
+def test_take_apart_refuses_by_name(words, change):
+    arguments = {"x": ONE_HOT, "target": TARGET, "n_heads": 2, "recipe": SHORT}
     with pytest.raises((TypeError, ValueError)) as refusal:
         train.take_apart(**{**arguments, **change})
-    assert message in str(refusal.value)
+    assert words in str(refusal.value)
 
 
-def test_training_that_diverges_says_at_which_step():
-    recipe = {**SHORT, "rate": 1e300}
-    with pytest.raises(FloatingPointError, match="not finite at step 1$"):
-        train.take_apart(TOKENS, TARGET, 2, recipe=recipe)
+def test_training_that_diverges_says_so():
+    with pytest.raises(FloatingPointError, match="not finite at step"):
+        train.take_apart(ONE_HOT, TARGET, 2, recipe=SHORT._replace(rate=1e300))
+
+
+def test_recipes_can_be_sent_to_another_process():
+    for recipe in (train.RECIPE, train.RESIDUAL, train.PUBLISHED, train.TOY):
+        assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
 def test_a_toy_learns_its_trigrams():
-    layers = train.train_toy(2, 2, 0, {**train.TOY, "steps": 400})
-    task = train.skip_trigram_task(2, 1000, seed=1)
-    found = train.judge(layers, task["tokens"], task["answers"])
+    toy = train.train_toy(2, 2, 0, train.TOY._replace(steps=400))
+    found = train.judge(train.writes(toy), train.skip_trigram_task(2, 1000, seed=1))
     assert found["answers"] == [3, 4]
     assert min(found["accuracy"]) > 0.99
 
@@ -1988,7 +2057,74 @@ def test_cross_entropy_is_the_mean_of_minus_log_p_without_overflow():
     assert train.cross_entropy(logits, answers) == pytest.approx((np.log(2) + 800) / 2)
 
 
-# ---- train.py: what a model does -----------------------------------------------------
+# ---- Verdicts ------------------------------------------------------------------------
+
+
+def test_what_is_unexplained_is_the_error_over_the_variance():
+    target = normal("STD", 1)
+    deviation = target - target.mean(axis=(0, 1))
+    assert gatedref.unexplained(target, target) == 0
+    mean = np.broadcast_to(target.mean(axis=(0, 1)), target.shape)
+    assert gatedref.unexplained(mean, target) == pytest.approx(1)
+    written = normal("STD", 2)
+    expected = ((written - target) ** 2).sum() / (deviation**2).sum()
+    assert gatedref.unexplained(written, target) == pytest.approx(expected)
+    single = target.astype(np.float32)
+    assert gatedref.unexplained(written, single) == pytest.approx(expected, rel=1e-5)
+
+
+def test_work_over_many_sequences_is_cut_into_parts_of_256_mib():
+    assert gatedref.parts(5, 2**27) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert gatedref.parts(2, 2**40) == [slice(0, 1), slice(1, 2)]
+    assert gatedref.parts(3, 1) == [slice(0, 2**28)]
+
+
+def test_a_model_is_judged_by_what_its_heads_write_and_by_what_it_says():
+    """A model that has an unembedding, in two answers."""
+    W_U = np.array([[1.0, 0, 0], [0, 1, 0]])  # [D, V]
+    heads = np.array([[[3.0, 0], [0, 1]], [[3, 0], [0, 1]], [[0, 2], [0, 2]]])
+    answers = np.array([0, 0, 1])
+    output = heads.sum(axis=1) @ W_U
+    output[1, 2] = 9  # there the residual stream outweighs the heads
+    found = gatedref.judge(heads @ W_U, output, answers)
+    assert found["answers"] == [0, 1]
+    assert found["accuracy"] == [0.5, 1]
+    assert found["holders"] == [[(0,)], [(0,), (1,)]]
+    assert found["shares"] == [[0.75, 0.25], [0.5, 0.5]]
+    assert gatedref.share_of(found) == 0.625
+    assert not gatedref.is_apart(found)
+    assert gatedref.is_apart({**found, "accuracy": [1, 1]})
+
+
+def test_the_search_for_holders_can_be_ended():
+    result = np.array([[[2.0, 0, 0], [2, 0, 0], [0, 3, 0]]])
+    assert gatedref.holders(result, [0]) == [(0, 1)]
+    assert gatedref.holders(result, [0], most=1) == []
+
+
+def test_apart_is_right_on_each_answer_with_a_head_of_its_own_for_each():
+    first, second, third = [(0,)], [(1,)], [(2,)]
+    either, both = [(0,), (1,)], [(0, 1)]
+    many = [[(head,) for head in range(8)]]
+    for holders in (
+        [first, second],
+        [either, first],
+        [either, either, third],
+        many * 8,
+    ):
+        right = [1.0] * len(holders)
+        assert gatedref.is_apart({"accuracy": right, "holders": holders})
+        wrong = [gatedref.RIGHT, *right[1:]]
+        assert not gatedref.is_apart({"accuracy": wrong, "holders": holders})
+    for holders in (
+        [first, first],
+        [first, both],
+        [first, []],
+        [either] * 3,
+        many * 10,
+    ):
+        right = [1.0] * len(holders)
+        assert not gatedref.is_apart({"accuracy": right, "holders": holders})
 
 
 def copy_and_cancel():
@@ -2003,7 +2139,6 @@ def copy_and_cancel():
     block["W_O"][:, 0] = [[0, 0, 1, 0], [0, 0, -1, 0]]  # on C, and against it
     block["b_V"][0] = 5
     block["W_V"][1, 3] = 1
-    block["b_V"][1] = 0
     block["W_Q"][1, 1] = 1
     block["W_K"][1, 0] = 60
     block["W_K"][1, 3] = 30
@@ -2013,96 +2148,74 @@ def copy_and_cancel():
     return block
 
 
+def fires_of(block, task):
+    """What `judge` finds of a block on a task, and which answers fire without A."""
+    seen = train.observe(train.writes([block]), task)
+    found = gatedref.judge(seen.result, seen.output, seen.answers)
+    complete = (seen.result, seen.answers)
+    lured = (seen.result_without_A, seen.lures)
+    return found, gatedref.fires_without_A(found, *complete, *lured)
+
+
 def test_a_head_that_copies_while_another_cancels_fires_without_its_A():
     task = train.skip_trigram_task(1, 2000, seed=0)
-    tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
-    assert (lures >= 0).any() and not ((lures >= 0) & (answers >= 0)).any()
     block = copy_and_cancel()
-    found = train.judge([block], tokens, answers)
+    found, fires = fires_of(block, task)
     assert found["holders"] == [[(0,)]]
-    fires = train.fires_without_A([block], tokens, answers, lures, found)
     assert fires == [True]
 
     block["W_V"][0, 0] = 5  # now head 0 writes where it looks at A, and only there
     block["b_V"][0] = 0
     block["W_Q"][0] = block["W_Q"][1]
     block["W_K"][0] = block["W_K"][1]
-    fires = train.fires_without_A([block], tokens, answers, lures, found)
+    _, fires = fires_of(block, task)
     assert fires == [False]
 
-    with pytest.raises(ValueError, match="answer 2 must be due somewhere, and a lure"):
-        nowhere = np.full_like(lures, -1)
-        train.fires_without_A([block], tokens, answers, nowhere, found)
+    with pytest.raises(ValueError, match="answer 2 "):
+        result = np.ones((1, 2, 4))
+        gatedref.fires_without_A(found, result, [2], result, [1])
 
 
 def test_the_authors_gated_heads_fire_without_A_in_seven_trigrams_of_twelve():
     n_fires = 0
     for setting, (_, n) in train.SETTINGS.items():
-        block = published(f"{setting}/gated")
         task = train.skip_trigram_task(n, 2000, seed=0)
-        tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
-        found = train.judge([block], tokens, answers)
-        fires = train.fires_without_A([block], tokens, answers, lures, found)
+        _, fires = fires_of(published(f"{setting}/gated"), task)
         n_fires += sum(fires)
     assert n_fires == 7
 
 
 def test_a_block_that_holds_everything_but_answers_wrongly_is_not_apart():
     task = train.skip_trigram_task(3, 2000, seed=0)
-    tokens, answers = task["tokens"], task["answers"]
     block = published("2H3T/gated")
-    assert train.is_apart(train.judge([block], tokens, answers))
+    assert gatedref.is_apart(train.judge(train.writes([block]), task))
 
     quiet = {**block, "value_scale": np.array(0.5)}  # the residual outweighs it
-    found = train.judge([quiet], tokens, answers)
+    found = train.judge(train.writes([quiet]), task)
     assert found["holders"] == [[(1,)], [(0,)], [(3,)]]
     assert max(found["accuracy"]) == 0
-    assert not train.is_apart(found)
+    assert not gatedref.is_apart(found)
 
 
-def test_judging_takes_any_task_and_counts_the_heads_of_all_layers():
-    tokens, completes = gatedref.sample_skip_trigrams(3, 500)
-    quiet = {**HANDMADE, "W_O": HANDMADE["W_O"] / 20}  # so that it is not always right
-    layers = [quiet, quiet]
-    at = completes & (tokens == 1)
-    found = train.judge(layers, tokens, np.where(at, 4, -1))
-
-    model = gatedref.transformer(layers, tokens)
-    result = np.concatenate([block["result"] for block in model["blocks"]], axis=2)[at]
-    norms = np.linalg.norm(result, axis=2)
-    shares = (norms / norms.sum(axis=1, keepdims=True)).mean(axis=0)
-    accuracy = (model["logits"][at].argmax(axis=1) == 4).mean()
-    assert found["answers"] == [4]
-    assert found["accuracy"] == [pytest.approx(accuracy)]
-    assert 0 < accuracy < 1
-    assert found["shares"] == [pytest.approx(shares)]
-    assert found["holders"] == [gatedref.holders(result, np.full(len(result), 4))]
-
-    with pytest.raises(ValueError, match="answers must hold a token that is due"):
-        train.judge(layers, tokens, np.full_like(tokens, -1))
-
-
-def test_what_is_unexplained_is_asked_of_the_same_sequences():
-    block = gatedref.init_params(4, 8, 2, d_gate=1)
-    with pytest.raises(ValueError, match="tokens must be"):
-        train.unexplained(block, TOKENS[:3], TARGET)
-
-
-def test_apart_is_right_on_each_answer_with_a_head_of_its_own_for_each():
-    first, second, third = [(0,)], [(1,)], [(2,)]
-    either, both = [(0,), (1,)], [(0, 1)]
-    for holders in ([first, second], [either, first], [either, either, third]):
-        right = [1.0] * len(holders)
-        assert train.is_apart({"accuracy": right, "holders": holders})
-        assert not train.is_apart({"accuracy": [0.99, *right[1:]], "holders": holders})
-    for holders in ([first, first], [first, both], [first, []], [either] * 3):
-        right = [1.0] * len(holders)
-        assert not train.is_apart({"accuracy": right, "holders": holders})
+def test_the_heads_of_all_layers_are_seen_in_order():
+    task = train.skip_trigram_task(3, 300, seed=0)
+    quiet = {**HANDMADE, "W_O": HANDMADE["W_O"] / 20}
+    seen = train.observe(train.writes([HANDMADE, quiet]), task)
+    model = gatedref.transformer([HANDMADE, quiet], task.tokens)
+    first, second = model["blocks"]
+    at = task.answers >= 0
+    np.testing.assert_array_equal(seen.result[:, :2], first["result"][at])
+    np.testing.assert_array_equal(seen.result[:, 2:], second["result"][at])
+    np.testing.assert_allclose(seen.output, model["logits"][at], atol=1e-12)
+    np.testing.assert_array_equal(seen.lures, task.lures[task.lures >= 0])
+    total = first["attn_out"] + second["attn_out"]
+    np.testing.assert_allclose(seen.written, total, atol=1e-12)
+    np.testing.assert_array_equal(train.written([HANDMADE, quiet], task.tokens), total)
 
 
 def test_answers_are_due_at_the_only_trigram_and_lures_are_before_any_A():
     task = train.skip_trigram_task(3, 300, seed=2)
-    for tokens, answers, lures in zip(task["tokens"], task["answers"], task["lures"]):
+    for tokens, answers, lures in zip(*task):
         _, completes = free_draws(3, tokens.tolist())
         for position, token in enumerate(tokens):
             is_due = completes[position] and sum(completes) == 1
@@ -2113,39 +2226,37 @@ def test_answers_are_due_at_the_only_trigram_and_lures_are_before_any_A():
 
 # ---- train.py: the command -----------------------------------------------------------
 
+ROOT = Path(train.__file__).parent
 
-def run_command(*arguments, **environment):
-    program = [sys.executable, train.__file__, *map(str, arguments)]
-    environment = {**os.environ, **environment}
-    return subprocess.run(
+
+def test_a_quick_run_writes_every_file_whatever_the_users_settings_are(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    rival = tmp_path / "installed" / "figures"  # there is a package of this name
+    rival.mkdir(parents=True)
+    (rival / "__init__.py").write_text("raise ImportError")
+    out = tmp_path / "out"
+    program = [sys.executable, train.__file__, "--quick", "--seed", "3", "--out", out]
+    settings = {
+        "PYTHONPATH": str(rival.parent),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+    }
+    environment = {**os.environ, **settings}
+    done = subprocess.run(
         program, capture_output=True, text=True, check=False, env=environment
     )
-
-
-def test_a_quick_run_writes_every_file_whatever_the_users_matplotlib_is_set_to(
-    tmp_path,
-):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    done = run_command(
-        "--quick",
-        *("--seed", 3),
-        *("--out", tmp_path / "out"),
-        MPLBACKEND="module://matplotlib_inline.backend_inline",
-        MATPLOTLIBRC=str(tmp_path / "matplotlibrc"),
-    )
     assert (done.returncode, done.stderr) == (0, "")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = {path.name for path in out.iterdir()}
     assert names == {"main.json", "blocks.npz", "before_after.png", "gates.png"}
-    rows = json.loads((tmp_path / "out" / "main.json").read_text())
+    rows = json.loads((out / "main.json").read_text())
     assert [(row["key"], row["seed"]) for row in rows] == [
         (key, 3) for key in train.SETTINGS
     ]
     for row in rows:
         assert f"| {row['key']} | " in done.stdout
 
-    arrays = np.load(tmp_path / "out" / "blocks.npz")
-    names = [*gatedref.GATED_BLOCK, "value_scale"]
-    gated = {name: arrays[f"3H4T/gated/{name}"] for name in names}
+    arrays = np.load(out / "blocks.npz")
+    gated = {n: arrays[f"3H4T/gated/{n}"] for n in [*GATED_BLOCK, "value_scale"]}
     gate = gatedref.gated_attention(gated, np.eye(10)[None])["gate"][0]
     np.testing.assert_allclose(rows[1]["gates_at_A"], gate[:, :, 0], atol=1e-5)
 
@@ -2165,12 +2276,20 @@ def test_a_folder_that_cannot_be_written_is_known_before_training(tmp_path, caps
     assert "cannot write to" in capsys.readouterr().err
 
 
+def test_a_file_copied_alone_says_what_it_misses(tmp_path):
+    shutil.copy(train.__file__, tmp_path)
+    program = [sys.executable, tmp_path / "train.py"]
+    for needed in ("gatedref.py", "figures"):
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert done.stderr == f"train.py: {needed} must lie beside it\n"
+        shutil.copy(gatedref.__file__, tmp_path)
+
+
 def test_importing_train_changes_nothing_in_the_process():
     code = "import os; before = dict(os.environ); import train; "
     code += "import sys; assert dict(os.environ) == before; "
     code += "assert 'matplotlib' not in sys.modules"
-    folder = Path(train.__file__).parent
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_trigram_that_changed_hands_is_told_in_a_sentence():
@@ -2182,7 +2301,6 @@ def test_a_trigram_that_changed_hands_is_told_in_a_sentence():
 
     row["accuracy_gated"] = [0.98, 1.0, 1.0]  # the block is wrong on it
     assert before_after.changes_of_hands(row) == []
-    row["accuracy_gated"] = row["accuracy_toy"]
     held_by = before_after.held_by(row["holders_toy"], [1.0, 0.5, 1.0])
     assert held_by == "0+1, wrong, none"
 
@@ -2193,15 +2311,13 @@ def test_a_trigram_that_changed_hands_is_told_in_a_sentence():
 HELD = [
     ("apart", 1.0, [[(0,)], [(2,)], [(1,)]]),
     ("apart", 1.0, [[(0,)], [(0,), (3,)]]),
-    ("within one", 1.0, [[(0,)], [(0,)]]),
     ("within one", 1.0, [[(0,)], [(2, 3)]]),
     ("within one", 1.0, [[(0,)], [(0, 2), (0, 1)]]),
     ("within one", 1.0, [[(0,)], []]),
     ("across", 1.0, [[(0,)], [(1, 2)]]),
     ("across", 1.0, [[(0, 1)], [(0, 2), (1, 3)]]),
-    ("across", 1.0, [[(0, 1, 2, 3)], [(3,)]]),
-    ("wrong", 0.99, [[(0,)], [(2,)]]),
-    ("wrong", 0.99, [[(0,)], [(1, 2)]]),
+    ("across", 0.985, [[(0,)], [(1, 2)]]),
+    ("wrong", 0.98, [[(0,)], [(2,)]]),
 ]
 
 
@@ -2210,19 +2326,9 @@ def test_a_trigram_is_across_if_no_heads_of_one_layer_hold_it(kind, accuracy, ho
     shares = [[0.25, 0.25, 0.25, 0.25]] * len(holders)
     right = [1.0] * (len(holders) - 1)
     found = {"accuracy": [*right, accuracy], "holders": holders, "shares": shares}
-    assert layers.kind_of(found, 2) == kind
+    assert layers.kind_of(found, 2, least=0.98) == kind
     in_one = kind if kind in ("apart", "wrong") else "shared"
-    assert layers.kind_of(found, 1) == in_one
-
-
-def test_a_toy_may_be_held_to_a_lower_standard():
-    found = {
-        "accuracy": [1.0, 0.985],
-        "holders": [[(0,)], [(0, 1)]],
-        "shares": [[1, 0]],
-    }
-    assert layers.kind_of(found, 2) == "wrong"
-    assert layers.kind_of(found, 2, least=0.98) == "across"
+    assert layers.kind_of(found, 1, least=0.98) == in_one
 
 
 def test_handmade_superposition_is_shared_within_a_layer_or_across_two():
@@ -2231,14 +2337,14 @@ def test_handmade_superposition_is_shared_within_a_layer_or_across_two():
     silent = {name: np.zeros_like(array) for name, array in block.items()}
     first = {name: array[:1] for name, array in block.items()}  # head 0 alone
     second = {name: array[1:] for name, array in block.items()}
-    toy = [block, silent]
     models = [
         ("shared", [block]),
         ("within one", [silent, block]),
         ("across", [first, second]),
     ]
+    task = train.fresh_task(3, 0)
     for kind, model in models:
-        row = layers.judged(model, toy, 0, n_sequences=10_000, least=0.99)
+        row = layers.judged(model, [block, silent], task, least=0.99)
         assert row["kind"] == kind
         assert row["unexplained"] < 1e-20
         assert [len(sets[0]) for sets in row["holders"]] == [1, 2, 1]
@@ -2256,21 +2362,19 @@ def test_errors_of_two_layers_may_cancel_and_their_gates_meet_if_they_count_as_o
 
 
 def test_two_layers_are_gated_each_by_itself_or_as_one_block():
-    toy = []
-    for seed in (0, 1):
-        toy.append(gatedref.init_params(2, 8, 1, seed))
+    toy = [gatedref.init_params(2, 8, 1, seed) for seed in (0, 1)]
     tokens, _ = gatedref.sample_skip_trigrams(3, 600)
     blocks = gatedref.transformer(toy, tokens)["blocks"]
     first, second = (block["attn_out"] for block in blocks)
 
-    recipe = {**layers.TWO_LAYERS, "steps": 2}
+    recipe = layers.RECIPES["two layers"]._replace(steps=2)
     gated = layers.gate_layers(toy, tokens, layers.by_layer, 0, recipe)
     assert [layer["W_V"].shape for layer in gated] == [(6, 8, 2), (6, 8, 2)]
     largest = max(np.max(np.abs(first)), np.max(np.abs(second)))
     assert [layer["value_scale"] for layer in gated] == [2 * largest, 2 * largest]
 
-    recipe = {**train.RECIPE, "steps": 2}
     target = train.written(toy, tokens)
+    recipe = train.RECIPE._replace(steps=2)
     (block,) = layers.gate_as_block(toy, tokens, target, 0, recipe)
     assert block["W_V"].shape == (16, 8, 4)
     largest = np.max(np.abs(first + second))
@@ -2291,7 +2395,7 @@ def loss_of_copies(block):
 
 
 def test_three_heads_that_overlap_cost_what_six_that_do_not_cost():
-    """A proof that the penalty prefers neither."""
+    """A proof that the penalty prefers neither, while one wide head is a third."""
     three = loss_of_copies(OVERLAPPING)
     six = loss_of_copies(DISJOINT)
     for name in ("mse", "penalty", "loss"):
@@ -2300,8 +2404,6 @@ def test_three_heads_that_overlap_cost_what_six_that_do_not_cost():
     assert three["penalty"] == pytest.approx(3 / 16 * 2 ** (1 / 0.6))
     assert three["loss"] == pytest.approx(0.0595, abs=5e-5)
 
-
-def test_three_wide_heads_cost_a_third_of_that():
     wide = loss_of_copies(WIDE)
     assert wide["mse"] < 1e-30
     assert wide["penalty"] == pytest.approx(3 / 16)
@@ -2314,13 +2416,10 @@ def test_how_heads_share_queries_is_read_off_their_gates():
     assert overlap.judged(WIDE, seed=0)["kind"] == "one a query"
     too_little = {**WIDE, "W_gate_K": 0.8 * WIDE["W_gate_K"]}
     assert overlap.judged(too_little, seed=0)["kind"] == "wrong"
-
-
-@pytest.mark.parametrize("gate, kind", [(0.1, "one a query"), (0.11, "shared")])
-def test_a_gate_above_a_tenth_counts_as_open(gate, kind):
-    block = {**WIDE, "W_gate_Q": WIDE["W_gate_Q"].copy()}
-    block["W_gate_Q"][0, 1] = gate
-    assert overlap.kind_of(block) == kind
+    for gate, kind in ((0.1, "one a query"), (0.11, "shared")):  # above a tenth is open
+        block = {**WIDE, "W_gate_Q": WIDE["W_gate_Q"].copy()}
+        block["W_gate_Q"][0, 1] = gate
+        assert overlap.kind_of(block) == kind
 
 
 def test_a_query_copies_two_numbers_as_far_as_uniform_attention_gives_them():
@@ -2330,18 +2429,18 @@ def test_a_query_copies_two_numbers_as_far_as_uniform_attention_gives_them():
         tokens = np.argmax(sequence[:, :4], axis=1).tolist()
         assert sorted(tokens) == [0, 1, 2, 3]
         source = tokens.index(3)
-        numbers = sequence[source, 4:]
         for t, token in enumerate(tokens):
             expected = np.zeros(7)
             if source <= t:
                 for number in wanted[token]:
-                    expected[4 + number] = numbers[number] / (t + 1)
+                    expected[4 + number] = sequence[source, 4 + number] / (t + 1)
             np.testing.assert_allclose(written[t], expected, rtol=0, atol=1e-15)
             assert t == source or not sequence[t, 4:].any()
 
 
 def test_a_trained_block_attends_alike_to_all_and_its_gates_see_no_number():
-    block = overlap.train_block(2, False, 0, {**overlap.RECIPE, "steps": 10})
+    recipe = overlap.RECIPE._replace(d_head=2, steps=10)
+    block = overlap.train_block(0, recipe)
     x, _ = overlap.sample_copies(5, np.random.default_rng(0))
     stages = gatedref.gated_attention(block, x)
     np.testing.assert_allclose(stages["pattern"][:, :, 3], 0.25)
@@ -2366,9 +2465,8 @@ def test_a_wide_head_takes_over_what_two_wrote_together():
     after = overlap.take_over(before)
 
     x, _ = overlap.sample_copies(20, rng)
-    was = gatedref.gated_attention(before, x)["attn_out"]
-    now = gatedref.gated_attention(after, x)["attn_out"]
-    np.testing.assert_allclose(now, was, rtol=0, atol=1e-12)
+    change = attn_out_of(after, x) - attn_out_of(before, x)
+    np.testing.assert_allclose(change, 0, atol=1e-12)
     is_open = overlap.gates_of(after)[:, :3, 3] > 1e-9  # [H, query]
     np.testing.assert_array_equal(is_open.sum(axis=0), [1, 1, 1])
     assert is_open.sum(axis=1).max() == 1
@@ -2392,14 +2490,10 @@ def test_two_signals_of_four_stand_among_noise():
 
 def test_what_a_head_writes_for_two_signals_lies_between_that_for_each_twice():
     """A proof that no gate can make a head speak for a pair, and else be silent."""
-    params = gatedref.init_params(5, 22, 3, d_gate=2)
-    rng = np.random.default_rng(0)
-    for name, array in params.items():
-        params[name] = rng.normal(size=array.shape)
+    params = normal_params(sizes={"H": 5, "D": 22, "K": 3, "G": 2}, scale=1)
     written, weight = {}, {}
     for pair in ((1, 1), (2, 2), (1, 2), (2, 1)):
-        x = np.eye(22)[[[*pair, 7, 9, 9, 0]]]
-        block = gatedref.gated_attention(params, x)
+        block = gatedref.gated_attention(params, np.eye(22)[[[*pair, 7, 9, 9, 0]]])
         written[pair] = block["result"][0, -1]  # [H, D]
         scores = block["attn_scores"][0, :, -1]  # [H, key]
         weight[pair] = np.exp(scores).sum(axis=1)[:, None]
@@ -2428,15 +2522,16 @@ def test_a_pair_is_of_the_kind_of_the_fewest_heads_that_hold_it():
     result = np.zeros((50, 4, 10))
     result[np.arange(50), 0, answers] = 2  # head 0 says each answer
     assert sources.kinds_of(result, answers) == ["one head"] * 10
-    result[answers == 3, 1, 8] = 3  # head 1 says 8 where 3 is right
+    mine = answers == 3
+    result[mine, 1, 8] = 3  # head 1 says 8 where 3 is right
     assert sources.kinds_of(result, answers)[3] == "wrong"
-    result[answers == 3, 2, 3] = 2  # head 2 outweighs it, together with head 0
+    result[mine, 2, 3] = 2  # head 2 outweighs it, together with head 0
     assert sources.kinds_of(result, answers)[3] == "two"
-    result[answers == 3, 1, 8] = 5
-    result[answers == 3, 3, 3] = 2
-    assert sources.kinds_of(result, answers)[3] == "three or more"
-    others = np.delete(np.arange(10), 3)
-    assert {sources.kinds_of(result, answers)[pair] for pair in others} == {"one head"}
+    result[mine, 1, 8] = 5
+    result[mine, 3, 3] = 2
+    kinds = sources.kinds_of(result, answers)
+    assert kinds.pop(3) == "three or more"
+    assert kinds == ["one head"] * 9
 
 
 def test_a_toy_that_stands_in_for_itself_leaves_nothing_unexplained():
@@ -2446,14 +2541,49 @@ def test_a_toy_that_stands_in_for_itself_leaves_nothing_unexplained():
     assert len(row["kinds"]) == 10
 
 
+# ---- The scripts ---------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_whole_rows_of_the_same_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SCRATCH", tmp_path)
+    options = common.Options(range(3), False, False, tmp_path)
+    jobs = [{"seed": seed} for seed in options.seeds]
+    done = []
+
+    def work(job, is_smoke):
+        done.append(job["seed"])
+        return {"square": job["seed"] ** 2}
+
+    kept = tmp_path / "squares.jsonl"
+    expected = [{"seed": seed, "square": seed**2} for seed in range(3)]
+    for n_bytes in (None, -5):  # the second time the last line is torn
+        text = kept.read_bytes()[:n_bytes] if kept.exists() else b""
+        kept.write_bytes(text)
+        rows = common.run("squares", jobs, work, options, train.RECIPE)
+        assert rows == expected
+    assert done == [0, 1, 2, 2]
+
+    other = train.RECIPE._replace(alpha=1)
+    assert common.run("squares", jobs, work, options, other) == expected
+    assert done == [0, 1, 2, 2, 0, 1, 2]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "film.gif"
+    common.write(path, b"good")
+    with pytest.raises(OSError), common.beside(path) as part:
+        part.write_bytes(b"to")
+        raise OSError("disk full")
+    assert path.read_bytes() == b"good"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # ---- The pages -----------------------------------------------------------------------
 
-ROOT = Path(train.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "figures" / "README.md"]
-MODULES = ("common", "before_after")  # they are no scripts
-
-
+MODULES = ("__init__", "common", "before_after")  # they are no scripts
 ROWS = sorted(path.stem for path in (ROOT / "figures").glob("*.json"))
+SCRIPTS = sorted(path.stem for path in (ROOT / "figures").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -2466,14 +2596,11 @@ def test_the_tables_in_the_pages_equal_the_rows(name):
         assert table in pages
 
 
-SCRIPTS = sorted(path.stem for path in (ROOT / "figures").glob("*.py"))
-
-
 @pytest.mark.parametrize("name", [n for n in SCRIPTS if n not in MODULES])
 def test_a_quick_run_of_a_script_makes_rows_and_pictures_like_those_of_a_whole_run(
     name, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(common, "QUICK_FOLDER", tmp_path / "quick")
+    monkeypatch.setattr(common, "SCRATCH", tmp_path / "quick")
     monkeypatch.setattr(sys, "argv", [name, "--quick"])
     importlib.import_module(f"figures.{name}").main()
     for picture in pictures_of(name):
@@ -2498,29 +2625,35 @@ def jobs_in(rows):
     return [(row.get("key"), row.get("variant"), list(row)) for row in rows]
 
 
+def stored_block(which):
+    """The 2H3T `toy` of figures/blocks.npz, or its `gated` block."""
+    prefix = f"2H3T/{which}/"
+    block = {}
+    with np.load(ROOT / "figures" / "blocks.npz") as arrays:
+        for name in arrays:
+            if name.startswith(prefix):
+                block[name.removeprefix(prefix)] = arrays[name]
+    return block
+
+
 def test_the_example_in_the_readme_is_what_the_stored_blocks_write():
     """Each number of its two tables, on the positions where a trigram is complete."""
     task = train.skip_trigram_task(3, 10000, seed=1)
-    at = task["answers"] >= 0
-    due = task["answers"][at]
-    written = {}
-    with np.load(ROOT / "figures" / "blocks.npz") as arrays:
-        for which in ("toy", "gated"):
-            prefix = f"2H3T/{which}/"
-            names = [name for name in arrays if name.startswith(prefix)]
-            block = {name.removeprefix(prefix): arrays[name] for name in names}
-            written[which], _ = train.results_where([block], task["tokens"], at)
-    gate = gatedref.gated_attention(block, np.eye(8)[None])["gate"][0]  # [H, V, V]
+    toy = train.observe(train.writes([stored_block("toy")]), task)
+    gated = train.observe(train.writes([stored_block("gated")]), task)
+    stages = gatedref.gated_attention(stored_block("gated"), np.eye(8)[None])
+    gate = stages["gate"][0]  # [H, V, V]
 
     text = PAGES[0].read_text()
     for i in (1, 2, 3):
-        toy = written["toy"][due == i + 3][:, :, 4:7].mean(axis=0)  # [H, 3]
-        gated = written["gated"][due == i + 3][:, :, 4:7].mean(axis=0)
-        head = np.abs(gated).max(axis=1).argmax()
+        mine = toy.answers == i + 3
+        before = toy.result[mine][:, :, 4:7].mean(axis=0)  # [H, 3]
+        after = gated.result[mine][:, :, 4:7].mean(axis=0)
+        head = np.abs(after).max(axis=1).argmax()
         in_toy, in_gated = re.findall(rf"^\| B{i} \| (.*) \|$", text, re.MULTILINE)
-        expected = [*toy[0], *toy[1], *toy.sum(axis=0)]
+        expected = [*before[0], *before[1], *before.sum(axis=0)]
         np.testing.assert_allclose(numbers_in(in_toy), expected, atol=0.006)
-        expected = [head, *gated[head], *gated.sum(axis=0), *gate[head, 1:4, 0]]
+        expected = [head, *after[head], *after.sum(axis=0), *gate[head, 1:4, 0]]
         np.testing.assert_allclose(numbers_in(in_gated), expected, atol=0.006)
 
 

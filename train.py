@@ -6,9 +6,12 @@ The toy is one attention block with fewer heads than it has skip trigrams to lea
 gated block with more heads then learns to write what the toy's block writes, and a
 penalty on its gates (L0.6) makes each trigram the work of one head.
 
-The file is meant to be read from top to bottom: the recipe; the optimiser; the
-takeover; `take_apart`, which puts them together; the toy; what a model does; the main
-job. The formulas are those of `gatedref.py`, and autograd differentiates them.
+The file is meant to be read from top to bottom: the recipes; `take_apart`, the training
+loop, and what it calls; the takeover; the gates that open again; the toy; what a model
+does; the main job. The formulas are those of `gatedref.py`, and autograd differentiates
+them.
+
+MIT. Copyright (c) 2026 the gatedref authors.
 """
 
 import argparse
@@ -17,130 +20,366 @@ import os
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
+    for needed in ("gatedref.py", "figures"):
+        if not Path(__file__).with_name(needed).exists():
+            sys.exit(f"train.py: {needed} must lie beside it")
     # As a command, and only then, keep BLAS to one thread: for arrays as small as these
     # more threads do not help. This must be set before NumPy is loaded.
     for library in ("OPENBLAS", "OMP", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import autograd.numpy as np
-from autograd import grad_and_aux
+from autograd import grad_and_aux, value_and_grad
 from autograd.extend import defvjp, primitive
-from autograd.misc import flatten
-from autograd.misc.optimizers import adam
 from autograd.tracer import getval
 
 import gatedref
 
-# ---- The recipe ----------------------------------------------------------------------
+# ---- The recipes ---------------------------------------------------------------------
 
 
-@primitive
 def reopening(scores):
-    """The clamp, with a gradient that leads back for gates outside of [0, 1].
+    """The clamp to [0, 1], but a gate that has left that range can come back.
 
-    The derivative of a clamp is 0 outside, so a gate that has left would never come
-    back. Here it is 1 there too, where a step downhill leads back inside.
+    What it does instead of the clamp while a block is trained stands further down, in
+    "Gates that open again".
     """
-    return np.clip(scores, 0, 1)
+    return _clip_and_reopen(scores)
 
 
-def reopening_vjp(_, scores):
-    def backward(slope):  # a step downhill goes up where the slope is negative
-        passes_below = (scores >= 0) | (slope < 0)
-        passes_above = (scores <= 1) | (slope > 0)
-        return np.where(passes_below & passes_above, slope, 0.0)
+class Recipe(NamedTuple):
+    """How a model is trained. A change is written RECIPE._replace(alpha=5)."""
 
-    return backward
+    steps: int  # of Adam: enough for the curves to become flat
+    batch: int  # sequences a step, drawn anew from all that were recorded
+    rate: float  # of Adam: half to a fifth of what makes the loss jump
+    rate_factors: tuple  # times the rate, for equal parts of the steps, the *legs*
 
-
-defvjp(reopening, reopening_vjp)
-
-# Of a gated block. alpha is in units of the target's variance, so that one recipe
-# serves every toy: loss / variance = unexplained + alpha * penalty.
-RECIPE = {
-    "heads": 4,  # times the heads of the block: spare ones can take over
-    "d_head": 4,
-    "d_gate": 2,
-    "value_scale": 2.0,  # times the target's largest entry; None: the published block
-    "activation": reopening,  # while it is trained; afterwards it is the clamp
-    "takeovers": True,  # whether spare heads take over shared pairs, see `take_over`
-    "p": 0.6,
-    "alpha": 2.5,  # more of it separates better, less of it fits better
-    "steps": 1600,
-    "batch": 40,  # sequences
-    "rate": 0.01,
-    "legs": (1.0, 1.0, 1.0, 0.3, 0.1),  # of the rate, for equal parts of the steps
-}
-
-# The post's recipe for 4H5T, in the same words. Of the others, 2H3T has an alpha of 1.9
-# in units of the variance, 3H4T one of 0.38, and both a rate of 0.0005. The post goes
-# through the same 100 batches again and again; `take_apart` draws each anew.
-PUBLISHED = {
-    "heads": 2,
-    "d_head": 1,
-    "d_gate": 1,
-    "value_scale": None,
-    "activation": gatedref.clamp,
-    "takeovers": False,
-    "p": 0.6,
-    "alpha": 1.2,
-    "steps": 100_000,
-    "batch": 1000,
-    "rate": 0.001,
-    "legs": (1.0,),
-}
-
-TOY = {"steps": 1500, "batch": 40, "rate": 0.05, "legs": (1.0, 1.0, 1.0, 0.3, 0.1)}
+    # What follows is for gated blocks only.
+    expansion: int = None  # times the heads of the model: spare ones can take over
+    d_head: int = None  # as wide as what one head is to copy
+    d_gate: int = None  # a second column lets a takeover close a gate below 0
+    value_scale: float = None  # times the target's largest entry: what a gate of 1 lets
+    # through, wide enough for anything; None is the published block, with its hole
+    activation: Callable = gatedref.clamp  # while it is trained; afterwards the clamp
+    takeovers: bool = False  # spare heads take over shared pairs; for one-hot x only
+    p: float = 0.6  # of the penalty: below 1, sharing costs more than the sum
+    alpha: float = 0.0  # of the penalty, in variances of the target, so that one number
+    # serves every model: loss / variance = unexplained + alpha * penalty
+    alpha_growth: float = 0.0  # alpha grows from 0 over this part of the steps, so that
+    # heads learn what to write before they compete for it
 
 
-# ---- The optimiser: autograd's Adam --------------------------------------------------
+# For tokens one-hot. More of alpha separates better, less of it fits better.
+RECIPE = Recipe(
+    steps=1600,
+    batch=40,
+    rate=0.01,
+    rate_factors=(1.0, 1.0, 1.0, 0.3, 0.1),
+    expansion=4,
+    d_head=4,
+    d_gate=2,
+    value_scale=2.0,
+    activation=reopening,
+    takeovers=True,
+    p=0.6,
+    alpha=2.5,
+)
+
+# For any residual stream, such as that of a model with an embedding and positions.
+RESIDUAL = Recipe(
+    steps=1500,
+    batch=16,
+    rate=0.005,
+    rate_factors=(1.0, 1.0, 1.0, 0.3, 0.1),
+    expansion=8,
+    d_head=16,
+    d_gate=8,
+    value_scale=2.0,
+    activation=reopening,
+    p=0.4,
+    alpha=0.4,
+    alpha_growth=0.5,
+)
+
+# The post's recipe for 4H5T. Of the others, 2H3T has an alpha of 1.9 in variances, 3H4T
+# one of 0.38, and both a rate of 0.0005. The post goes through the same 100 batches
+# again and again; `take_apart` draws each anew.
+PUBLISHED = Recipe(
+    steps=100_000,
+    batch=1000,
+    rate=0.001,
+    rate_factors=(1.0,),
+    expansion=2,
+    d_head=1,
+    d_gate=1,
+    p=0.6,
+    alpha=1.2,
+)
+
+TOY = Recipe(steps=1500, batch=40, rate=0.05, rate_factors=(1.0, 1.0, 1.0, 0.3, 0.1))
 
 
-def fit(objective, params, recipe, *, between=None, watch=None):
-    """Minimises a loss by Adam. Returns the parameters, and the scalars of each step.
+def check_recipe(recipe):
+    """Refuses a recipe that is not one for a gated block."""
+    if not isinstance(recipe, Recipe):
+        change = "a change is written RECIPE._replace(steps=3000)"
+        raise TypeError(f"recipe must be a Recipe ({change}), got {type(recipe)}")
+    for name in ("steps", "batch", "expansion", "d_head", "d_gate"):
+        gatedref.check_whole(f"recipe.{name}", getattr(recipe, name), 1)
+    for name in ("rate", "p"):
+        gatedref.check_positive(f"recipe.{name}", getattr(recipe, name))
+    if recipe.value_scale is not None:
+        gatedref.check_positive("recipe.value_scale", recipe.value_scale)
+    if gatedref.check_number("recipe.alpha", recipe.alpha) < 0:
+        raise ValueError(f"recipe.alpha must be >= 0, got {recipe.alpha}")
+    growth = gatedref.check_number("recipe.alpha_growth", recipe.alpha_growth)
+    if not 0 <= growth <= 1:
+        raise ValueError(f"recipe.alpha_growth must be in [0, 1], got {growth}")
+    if not callable(recipe.activation):
+        found = recipe.activation
+        raise TypeError(f"recipe.activation must be a function, got {found!r}")
+    if not isinstance(recipe.takeovers, bool):
+        raise TypeError(f"recipe.takeovers must be a bool, got {recipe.takeovers!r}")
+    check_rate_factors(recipe.rate_factors)
 
-    objective(params) returns the loss, and a dict of scalars, `loss` among them.
-    recipe: `steps`, `rate` and `legs`. Each leg is an equal part of the steps; Adam
-    starts afresh in it, and its rate is `rate` times the leg's number. Between two legs
-    the parameters become between(params). watch(done, params) is called a hundred times
-    or so, with the fraction of the steps that is done.
 
-    FloatingPointError: the loss or a parameter is not finite any more.
+def check_rate_factors(factors):
+    if not isinstance(factors, (tuple, list)) or not factors:
+        found = f"got {factors!r}"
+        raise ValueError(f"recipe.rate_factors must be a tuple of numbers, {found}")
+    for leg, factor in enumerate(factors):
+        gatedref.check_positive(f"recipe.rate_factors[{leg}]", factor)
+
+
+# ---- Taking a block apart ------------------------------------------------------------
+
+
+@np.errstate(over="ignore", invalid="ignore")  # `check_finite` tells
+def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
+    """A gated block that writes what was recorded, with its heads out of superposition.
+
+    x: [S, T, D], what a model's attention reads, on some thousands of the sequences
+    that the block is to be right on: for tokens one-hot np.eye(V)[tokens], else the
+    residual stream, behind the layer norm. target: [S, T, D], what the attention writes
+    on them, before it is added to the residual stream: one layer of it, or the sum of
+    several. Both come from a hook. What is supported, and how:
+
+        causal attention with learned or no positions    as it is: positions are in x
+        an output bias                                   subtract it from the target
+        LayerNorm or RMSNorm before the attention        record x behind it
+        a LayerNorm behind the attention                 record the target before it
+        grouped queries (GQA, MQA)                       as it is: n_heads of queries
+        padding                                          leave such sequences out, or
+                                                         cut all to one length
+        rotary or relative positions                     not: no gated head here sees
+                                                         them; much stays unexplained
+        attention that is not causal, other masks        not: a head cannot look ahead
+
+    n_heads: how many heads the model has there, a whole number >= 1. seed: a whole
+    number >= 0. recipe: a `Recipe`; one with takeovers, such as `RECIPE`, needs x
+    one-hot, `RESIDUAL` takes any x. watch(done, gated): a function that is called a
+    hundred times or so, with the part of the steps that is done and the block so far.
+
+    Trains in float32 if x and target both are, else in float64. Returns the parameters
+    of the gated block, with their `value_scale` where the recipe has one; and the
+    curves, for each step a dict of `unexplained`, `penalty` and `loss`, the last one
+    divided by the target's variance. Gates at pairs of tokens that never occur together
+    are left over from the start, and mean nothing.
+
+    ValueError, TypeError: an argument that is not as above, or would need more memory
+    than there is. FloatingPointError: training diverged.
     """
-    flat, unflatten = flatten(params)
-    gradient_at = grad_and_aux(objective)
+    x, target = checked(x, target, n_heads, seed, recipe, watch)
+    params, fixed = start_of(x, target, n_heads, seed, recipe)
+    variance = gatedref.variance_of(target)
+    rng = np.random.default_rng([seed, 1])
     curves = []
 
-    def downhill(flat, _):
-        step = len(curves)
-        check_finite(flat, step)
-        if watch is not None and step % max(1, recipe["steps"] // 100) == 0:
-            watch(step / recipe["steps"], unflatten(flat))
-        gradient, scalars = gradient_at(unflatten(flat))
-        curves.append({name: getval(scalar) for name, scalar in scalars.items()})
-        check_finite(curves[-1]["loss"], step)
-        return flatten(gradient)[0]
+    for leg, factor in enumerate(recipe.rate_factors):
+        if leg > 0 and recipe.takeovers:
+            params = let_heads_take_over(params, fixed, x, recipe, rng)
 
-    for number, leg in enumerate(recipe["legs"], 1):
-        n_steps = recipe["steps"] * number // len(recipe["legs"]) - len(curves)
-        rate = leg * recipe["rate"]
-        with np.errstate(over="ignore", invalid="ignore"):  # check_finite tells
-            flat = adam(downhill, flat, num_iters=n_steps, step_size=rate)
-        check_finite(flat, len(curves))
-        if between is not None and number < len(recipe["legs"]):
-            flat, _ = flatten(between(unflatten(flat)))
+        adam = Adam(params)  # afresh: its means know nothing of heads put elsewhere
+        for step in steps_of(leg, recipe):
+            show_to(watch, step, recipe, {**params, **fixed})
+            batch = rng.integers(len(x), size=recipe.batch)
+            alpha = variance * alpha_at(step, recipe)
+            gradient, scalars = gradient_at(
+                params, fixed, x[batch], target[batch], variance, alpha, recipe
+            )
+            params = adam.step(params, gradient, factor * recipe.rate)
+            check_finite(step, scalars["loss"], [params])
+            curves.append(scalars)
 
-    if watch is not None:
-        watch(1.0, unflatten(flat))
-    return unflatten(flat), curves
+    show_to(watch, recipe.steps, recipe, {**params, **fixed})
+    return {**params, **fixed}, curves
 
 
-def check_finite(numbers, step):
-    if not np.isfinite(numbers).all():
+class Adam:
+    """The optimiser of Kingma and Ba, 2015, with its usual constants.
+
+    It steps by the gradient's running mean, divided by the root of that of its square.
+    Both begin at 0; what that takes from them in the first steps is given back.
+    """
+
+    def __init__(self, params):
+        self.n_steps = 0
+        self.mean = {name: np.zeros_like(params[name]) for name in params}
+        self.square = {name: np.zeros_like(params[name]) for name in params}
+
+    def step(self, params, gradient, rate):
+        """The parameters one step further down; dicts of arrays."""
+        self.n_steps += 1
+        moved = {}
+        for name, slope in gradient.items():
+            self.mean[name] = (1 - 0.9) * slope + 0.9 * self.mean[name]
+            self.square[name] = (1 - 0.999) * slope**2 + 0.999 * self.square[name]
+            mean = self.mean[name] / (1 - 0.9**self.n_steps)
+            square = self.square[name] / (1 - 0.999**self.n_steps)
+            moved[name] = params[name] - rate * mean / (np.sqrt(square) + 1e-8)
+        return moved
+
+
+def gradient_at(params, fixed, x, target, variance, alpha, recipe):
+    """The gradient by the parameters, a dict; and the scalars of `loss_of_block`.
+
+    Of a batch that is large, part by part: a mean over all is the mean of the parts'.
+    """
+    total, scalars = {}, {}
+    for part in gatedref.parts(len(x), bytes_of_gradient(x, len(params["W_Q"]))):
+        weight = len(x[part]) / len(x)
+        gradient, of_part = grad_and_aux(loss_of_block)(
+            params, fixed, x[part], target[part], variance, alpha, recipe
+        )
+        for name in gradient:
+            total[name] = total.get(name, 0) + weight * gradient[name]
+        for name in of_part:
+            scalars[name] = scalars.get(name, 0) + weight * of_part[name]
+    return total, scalars
+
+
+def loss_of_block(params, fixed, x, target, variance, alpha, recipe):
+    """The `gatedref.loss` of a gated block, divided by the variance of the target."""
+    activation, p = recipe.activation, recipe.p
+    block = {**params, **fixed}
+    scalars = gatedref.loss(block, x, target, alpha, activation=activation, p=p)
+    loss = scalars["loss"] / variance
+    curves = {
+        "unexplained": getval(scalars["mse"]) / variance,
+        "penalty": getval(scalars["penalty"]),
+        "loss": getval(loss),
+    }
+    return loss, curves
+
+
+def steps_of(leg, recipe):
+    """The steps of a leg: each leg is an equal part of all."""
+    n_legs = len(recipe.rate_factors)
+    return range(recipe.steps * leg // n_legs, recipe.steps * (leg + 1) // n_legs)
+
+
+def alpha_at(step, recipe):
+    """alpha, which grows from 0 where the recipe says so."""
+    n_growing = recipe.alpha_growth * recipe.steps
+    if step >= n_growing:
+        return recipe.alpha
+    return recipe.alpha * step / n_growing
+
+
+def start_of(x, target, n_heads, seed, recipe):
+    """The parameters that are trained, and what is part of the block but is not."""
+    n_gated = recipe.expansion * n_heads
+    sizes = (n_gated, x.shape[2], recipe.d_head, seed, recipe.d_gate)
+    params = gatedref.init_params(*sizes)
+    params = {name: array.astype(x.dtype) for name, array in params.items()}
+    return params, fixed_params(target, recipe)
+
+
+def fixed_params(target, recipe):
+    if recipe.value_scale is None:
+        return {}
+    largest = max(np.max(target), -np.min(target))
+    return {"value_scale": np.array(recipe.value_scale * largest, dtype=target.dtype)}
+
+
+def check_finite(step, loss, layers):
+    numbers = [loss]
+    for params in layers:
+        numbers += params.values()
+    if not all(np.isfinite(array).all() for array in numbers):
         raise FloatingPointError(f"training diverged: not finite at step {step}")
+
+
+def show_to(watch, step, recipe, gated):
+    """Lets a watcher see the block, a hundred times or so and at the end."""
+    is_due = step % max(1, recipe.steps // 100) == 0
+    if watch is not None and (is_due or step == recipe.steps):
+        watch(step / recipe.steps, gated)
+
+
+# ---- What is refused -----------------------------------------------------------------
+
+
+def checked(x, target, n_heads, seed, recipe, watch):
+    """x and target as `take_apart` trains on them: of one type, in C order."""
+    check_recipe(recipe)
+    gatedref.check_whole("n_heads", n_heads, 1)
+    gatedref.check_whole("seed", seed, 0)
+    if watch is not None and not callable(watch):
+        raise TypeError(f"watch must be None or a function, got {type(watch)}")
+    if np.ndim(x) == 2:
+        found = f"got {np.shape(x)}; tokens are one-hot as np.eye(V)[tokens]"
+        raise ValueError(f"x must be of shape [S, T, D], {found}")
+
+    x = gatedref.check_array("x", x, "STD")
+    sizes = gatedref.sizes_of("x", x, "STD")
+    target = gatedref.check_array("target", target, "STD", sizes)
+    is_single = x.dtype == target.dtype == np.float32
+    dtype = np.float32 if is_single else np.float64
+    x = np.ascontiguousarray(x, dtype=dtype)
+    target = np.ascontiguousarray(target, dtype=dtype)
+    if recipe.takeovers:
+        check_one_hot(x)
+    check_memory(x, recipe.expansion * n_heads, recipe)
+    return x, target
+
+
+def check_one_hot(x):
+    for part in gatedref.parts(len(x), x[0].nbytes):
+        is_one_hot = np.all((x[part] == 0) | (x[part] == 1))
+        if not is_one_hot or np.any(np.sum(x[part], axis=2) != 1):
+            raise ValueError(
+                "x must be one-hot for a recipe with takeovers, which count pairs of "
+                "tokens; for any other x take recipe=train.RESIDUAL"
+            )
+
+
+def bytes_of_gradient(x, n_heads):
+    """What the gradient at one sequence takes, as measured: 30 arrays [H, T, T]."""
+    _, T, _ = x.shape
+    return 30 * n_heads * T**2 * x.itemsize
+
+
+def check_memory(x, n_gated, recipe):
+    """Refuses what cannot be computed on this machine even in the smallest parts."""
+    _, T, D = x.shape
+    needed = bytes_of_gradient(x, n_gated)
+    if recipe.takeovers:
+        needed = max(needed, 10 * n_gated * D**2 * x.itemsize)
+    if not hasattr(os, "sysconf"):  # Windows does not tell
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"x must be smaller: {n_gated} heads at T = {T} and D = {D} need "
+            f"{needed / 2**30:.0f} GiB at once, and there are {there / 2**30:.0f}"
+        )
 
 
 # ---- The takeover --------------------------------------------------------------------
@@ -149,17 +388,41 @@ def check_finite(numbers, step):
 # while others share what it could do alone, and has to be put to work by hand.
 
 
+def let_heads_take_over(params, fixed, x, recipe, rng):
+    """`take_over`, as it is applied between two legs. x: one-hot tokens [S, T, V]."""
+    # All columns of a head may write in the same direction; their lengths then add up.
+    reach = recipe.d_head
+    if fixed:
+        reach = recipe.d_head * float(fixed["value_scale"])
+
+    def look(params):
+        some = x[rng.integers(len(x), size=500)]
+        return survey({**params, **fixed}, some, recipe.activation)
+
+    return take_over(params, look, pair_frequency(x), recipe.p, reach, write_vector)
+
+
 def take_over(params, look, frequency, p, reach, write):
     """Spare heads take over the (query, key) pairs of tokens most expensive to share.
 
-    The head whose gates cost least is the next to take over. It is given the pair where
-    one head in place of all would save most of the penalty. It drops its old job, and
-    writes there what all heads write there together, through a gate that is just wide
-    enough; the other heads' gates are closed there. This is repeated until it would
-    save less than the head's own gates cost. (Idle neurons of sparse autoencoders are
-    resampled similarly: Bricken et al., 2023.)
+    1. The head whose gates cost least is the next to take over.
+    2. At each pair, all heads together write one vector. One head could write it alone,
+       with the attention of the head that writes most there (its *leader*), through a
+       gate of a certain width.
+    3. That would save what the penalty charges for the pair now, less the width.
+    4. The head is given the pair that saves most; it drops its old job. The gates of
+       all others are closed there. It attends like the leader, writes what all wrote
+       there together, and opens its gate as wide as that takes.
+    5. This is repeated, until a pair would save less than the head's own gates cost.
 
-    look(params): returns `gate`, `pattern` and `written`, like `survey`. frequency [V,
+    An example, with p = 0.6 and a reach of 8: at a pair that is 1/50 of all pairs, two
+    heads with gates of 0.1 write a vector of norm 0.8 together, where their leader's
+    attention is 0.9. The width is 0.8 / (0.9 * 8) = 0.11. The penalty charges
+    (2 * 0.1^0.6)^(1/0.6) = 0.32 for the pair, so (0.32 - 0.11) / 50 is saved.
+
+    (Idle neurons of sparse autoencoders are resampled similarly: Bricken et al., 2023.)
+
+    look(params): returns `gate`, `pattern` and `value`, like `survey`. frequency [V,
     V]: see `pair_frequency`. p: of the penalty. reach: the norm that a head can write
     through a gate of 1. write: `write_vector`, or a function like it. Returns the new
     parameters.
@@ -167,68 +430,86 @@ def take_over(params, look, frequency, p, reach, write):
     params = {name: array.copy() for name, array in params.items()}
     spare = list(range(len(params["W_Q"])))
     while spare:
-        gate, pattern, written = look(params)
+        gate, pattern, value = look(params)
         costs = {head: cost_of(head, gate, frequency, p) for head in spare}
         head = min(spare, key=costs.get)
 
-        together = np.sum(written, axis=0)  # [V, V, D]
-        leader = np.argmax(np.linalg.norm(written, axis=-1), axis=0)  # it writes most
-        attention = np.take_along_axis(pattern, leader[None], axis=0)[0]  # [V, V]
-        width = np.linalg.norm(together, axis=-1) / np.maximum(attention * reach, 1e-12)
-
-        saved = frequency * (charge(gate, p) - width)  # one gate is charged its width
+        leader, width = widths(gate, pattern, value, reach)
+        saved = frequency * (gatedref.charge(gate, p) - width)
         saved = np.where((width > 0) & (width <= 1), saved, 0.0)
         query, key = np.unravel_index(np.argmax(saved), saved.shape)
         if saved[query, key] <= costs[head]:
             break
 
         spare.remove(head)
+        together = np.sum(written_at(query, gate, pattern, value)[:, key], axis=0)
         close_gates(params, query, key)
         attend_like(params, head, leader[query, key])
-        write(params, head, key, together[query, key])
+        write(params, head, key, together)
         open_gate(params, head, query, key, width[query, key])
     return params
 
 
-def survey(gated, tokens, activation=gatedref.clamp):
+def widths(gate, pattern, value, reach):
+    """The leader at each pair, and how wide one head's gate would be: [V, V] both.
+
+    Query by query, as [H, V, V, D] may not fit into memory.
+    """
+    leader = np.zeros(gate.shape[1:], dtype=int)
+    width = np.zeros(gate.shape[1:])
+    for query in range(len(width)):
+        written = written_at(query, gate, pattern, value)
+        first = np.argmax(np.linalg.norm(written, axis=-1), axis=0)  # it writes most
+        attention = np.take_along_axis(pattern[:, query], first[None], axis=0)[0]
+        norm = np.linalg.norm(np.sum(written, axis=0), axis=-1)
+        leader[query] = first
+        width[query] = norm / np.maximum(attention * reach, 1e-12)
+    return leader, width
+
+
+def written_at(query, gate, pattern, value):
+    """What each head writes at a query, by key: [H, V, D]"""
+    return (gate[:, query] * pattern[:, query])[..., None] * value
+
+
+def survey(gated, x, activation=gatedref.clamp):
     """What the heads of a gated block do at each pair of a query token and a key token.
 
-    Over the sequences `tokens` [S, T]. Returns `gate` [H, V, V]; `pattern` [H, V, V],
-    the mean attention of a query token to all keys of one token; and `written` [H, V,
-    V, D], what a head writes there on average.
+    Over the sequences x [S, T, V], one-hot. Returns `gate` [H, V, V]; `pattern` [H, V,
+    V], the mean attention of a query token to all keys of one token; and `value` [H, V,
+    D], what a head writes of each key token, for a gate and an attention of 1.
     """
-    one_hot = np.eye(gated["W_Q"].shape[1])
-    x = one_hot[tokens]  # [S, T, V]
-    pattern = gatedref.gated_attention(gated, x)["pattern"]  # [S, H, query, key]
-    to_token = pattern @ x[:, None]  # [S, H, query, V]
-    summed = np.einsum("stu,shtv->huv", x, to_token)  # u: query token, v: key token
-    n_queries = np.sum(x, axis=(0, 1))
+    tokens = np.argmax(x, axis=2)
+    H, V, _ = gated["W_Q"].shape
+    summed = np.zeros((H, V, V))  # [H, query token, key token]
+    n_queries = np.zeros(V)
+    for part in gatedref.parts(len(x), 20 * H * x.shape[1] ** 2 * x.itemsize):
+        pattern = gatedref.gated_attention(gated, x[part])["pattern"]
+        to_token = np.swapaxes(pattern @ x[part][:, None], 1, 2)  # [S, query, H, V]
+        for token in range(V):
+            at_token = to_token[tokens[part] == token]
+            summed[:, token] += np.sum(at_token, axis=0)
+            n_queries[token] += len(at_token)
     mean_pattern = summed / np.maximum(n_queries, 1)[:, None]
 
-    each_token_once = one_hot[None]
+    each_token_once = np.eye(V, dtype=x.dtype)[None]
     all_pairs = gatedref.gated_attention(gated, each_token_once, activation=activation)
-    gate = all_pairs["gate"][0]
     v = np.swapaxes(all_pairs["v"][0], 0, 1)  # [H, V, K]
     value = v @ gatedref.normalised(gated)["W_O"]  # [H, key, D]
-    written = (gate * mean_pattern)[..., None] * value[:, None]
-    return gate, mean_pattern, written
+    return all_pairs["gate"][0], mean_pattern, value
 
 
-def pair_frequency(tokens, V):
-    """How often a query and a key are these two tokens, of all pairs: [V, V]."""
-    counts = np.sum(np.eye(V)[tokens], axis=1)  # [S, V]
-    return counts.T @ counts / (tokens.size * tokens.shape[1])
-
-
-def charge(gate, p):
-    """What the penalty charges for each pair: [H, V, V] -> [V, V]"""
-    return np.sum(gate**p, axis=0) ** (1 / p)
+def pair_frequency(x):
+    """How often a query and a key are these two tokens, of all pairs: [V, V]"""
+    S, T, _ = x.shape
+    counts = np.sum(x, axis=1, dtype=float)  # [S, V]
+    return counts.T @ counts / (S * T * T)
 
 
 def cost_of(head, gate, frequency, p):
     """By how much the penalty would fall if this head were closed everywhere."""
-    without = charge(np.delete(gate, head, axis=0), p)
-    return np.sum(frequency * (charge(gate, p) - without))
+    without = gatedref.charge(np.delete(gate, head, axis=0), p)
+    return np.sum(frequency * (gatedref.charge(gate, p) - without))
 
 
 def close_gates(params, query, key):
@@ -251,7 +532,7 @@ def attend_like(params, head, leader):
 
 def write_vector(params, head, key, wanted):
     """Lets a head write along `wanted` [D] where it attends to a key token."""
-    params["W_V"][head] *= 0.1  # a trace of the old keeps its columns from being alike
+    params["W_V"][head] *= 0.1  # a tenth is kept, so that the columns differ
     params["b_V"][head] *= 0.1
     params["W_V"][head, key] += 1
     params["W_O"][head] = wanted / np.linalg.norm(wanted)
@@ -260,8 +541,9 @@ def write_vector(params, head, key, wanted):
 def open_gate(params, head, query, key, width):
     """Gives a head a gate of this width at one pair, and closes it elsewhere.
 
-    Elsewhere the score is -0.01 for each column of the gate after the first (0, if
-    there is only one).
+    The score is a sum over the G columns of the gate. Each column but the first adds
+    -0.1 * 0.1 = -0.01 at every pair, so that the gate is closed there, not just at its
+    edge. The first column adds root * root at the one pair, which makes up for that.
     """
     for name in gatedref.GATE:
         params[name][head] = 0
@@ -273,165 +555,73 @@ def open_gate(params, head, query, key, width):
     params["W_gate_K"][head, key, 0] = root
 
 
-# ---- Taking a block apart ------------------------------------------------------------
+# ---- Gates that open again -----------------------------------------------------------
+#
+# The derivative of a clamp is 0 outside of [0, 1], so a gate that has left would never
+# come back. Here it is 1 there too, where a step downhill leads back inside:
+#
+#     score    gate    slope of the loss by the gate    slope by the score
+#     -0.2     0       -3: open it, and the loss falls  -3: the score rises
+#     -0.2     0        3: it is better closed           0: it stays
 
 
-def take_apart(tokens, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
-    """A gated block that writes what was recorded, with its heads out of superposition.
-
-    tokens: integers [S, T] in [0, V), some thousands of the sequences that the block is
-    to be right on. target: [S, T, V], what the attention of a model wrote on them,
-    without the residual: one layer of it, or the sum of several. The model must read
-    its tokens one-hot and have no positions; what hangs on more than the tokens before
-    stays unexplained. n_heads: how many heads the model has there, a whole number >= 1.
-    seed: a whole number >= 0. recipe: a dict like `RECIPE`. watch(done, gated): a
-    function that is called a hundred times or so, with the part of the steps that is
-    done and the block as it stands.
-
-    Returns the parameters of the gated block, with their `value_scale` where the recipe
-    has one, and the curves: for each step a dict of `penalty`, and of `mse` and `loss`
-    divided by the target's variance. Gates at pairs of tokens that never occur in
-    `tokens` are left over from the start, and mean nothing.
-
-    ValueError, TypeError: an argument that is not as above. FloatingPointError:
-    training diverged.
-    """
-    check_recipe(recipe)
-    n_heads = gatedref.check_whole("n_heads", n_heads, 1)
-    seed = gatedref.check_whole("seed", seed, 0)
-    if watch is not None and not callable(watch):
-        raise TypeError(f"watch must be None or a function, got {type(watch)}")
-    tokens, target = check_recorded(tokens, target)
-    V = target.shape[2]
-
-    n_gated = recipe["heads"] * n_heads
-    d_head, d_gate = recipe["d_head"], recipe["d_gate"]
-    start = gatedref.init_params(n_gated, V, d_head, seed, d_gate=d_gate)
-    fixed = fixed_params(target, recipe)
-    rng = np.random.default_rng([seed, 1])
-    objective = objective_of(tokens, target, fixed, recipe, rng)
-    between = None
-    if recipe["takeovers"]:
-        between = takeover_of(tokens, V, fixed, recipe, rng)
-
-    def watch_block(done, params):
-        if watch is not None:
-            watch(done, {**params, **fixed})
-
-    params, curves = fit(objective, start, recipe, between=between, watch=watch_block)
-    return {**params, **fixed}, curves
+@primitive
+def _clip_and_reopen(scores):
+    return np.clip(scores, 0, 1)
 
 
-def fixed_params(target, recipe):
-    """What is part of the block, but is not trained."""
-    if recipe["value_scale"] is None:
-        return {}
-    return {"value_scale": np.array(recipe["value_scale"] * np.max(np.abs(target)))}
+def _reopening_vjp(_, scores):
+    def backward(slope):  # a step downhill goes up where the slope is negative
+        passes_below = (scores >= 0) | (slope < 0)
+        passes_above = (scores <= 1) | (slope > 0)
+        return np.where(passes_below & passes_above, slope, 0.0)
+
+    return backward
 
 
-def objective_of(tokens, target, fixed, recipe, rng):
-    """The function of the parameters that `take_apart` minimises, for `fit`."""
-    one_hot = np.eye(target.shape[2])
-    variance = variance_of(target)
-    alpha = recipe["alpha"] * variance
-    options = {"activation": recipe["activation"], "p": recipe["p"]}
-
-    def objective(params):
-        batch = rng.integers(len(tokens), size=recipe["batch"])
-        x = one_hot[tokens[batch]]
-        gated = {**params, **fixed}
-        scalars = gatedref.loss(gated, x, target[batch], alpha, **options)
-        mse = scalars["mse"] / variance
-        loss = scalars["loss"] / variance
-        return loss, {"mse": mse, "penalty": scalars["penalty"], "loss": loss}
-
-    return objective
-
-
-def takeover_of(tokens, V, fixed, recipe, rng):
-    """The function that `fit` calls between two legs: it applies `take_over`."""
-    frequency = pair_frequency(tokens, V)
-    # All columns of a head may write in the same direction; their lengths then add up.
-    reach = recipe["d_head"]
-    if fixed:
-        reach = recipe["d_head"] * fixed["value_scale"]
-
-    def look(params):
-        some = tokens[rng.integers(len(tokens), size=500)]
-        return survey({**params, **fixed}, some, recipe["activation"])
-
-    def let_take_over(params):
-        return take_over(params, look, frequency, recipe["p"], reach, write_vector)
-
-    return let_take_over
-
-
-def check_recorded(tokens, target):
-    target = gatedref.check_array("target", target, "STV").astype(float)
-    sizes = gatedref.sizes_of("target", target, "STV")
-    V = target.shape[2]
-    tokens = gatedref.check_tokens("tokens", tokens, "ST", V, sizes)
-    if variance_of(target) <= 1e-20 * np.mean(target**2):
-        raise ValueError("target must depend on the tokens, got a constant")
-    return tokens, target
-
-
-def variance_of(target):
-    """The variance over all positions, averaged over the components."""
-    return np.mean(np.var(target, axis=(0, 1)))
-
-
-def check_recipe(recipe):
-    if not isinstance(recipe, dict):
-        raise TypeError(f"recipe must be a dict like RECIPE, got {type(recipe)}")
-    wrong = sorted(set(recipe) ^ set(RECIPE), key=str)  # in one, but not in both
-    if wrong:
-        change = "a change is written {**RECIPE, 'steps': 3000}"
-        raise ValueError(
-            f"recipe must have the keys of RECIPE ({change}), not so: {wrong}"
-        )
-
-    for name in ("heads", "d_head", "d_gate", "steps", "batch"):
-        gatedref.check_whole(f"recipe[{name!r}]", recipe[name], 1)
-    for name in ("p", "rate"):
-        gatedref.check_positive(f"recipe[{name!r}]", recipe[name])
-    if recipe["value_scale"] is not None:
-        gatedref.check_positive("recipe['value_scale']", recipe["value_scale"])
-    if gatedref.check_number("recipe['alpha']", recipe["alpha"]) < 0:
-        raise ValueError(f"recipe['alpha'] must be >= 0, got {recipe['alpha']}")
-    if not callable(recipe["activation"]):
-        raise TypeError(
-            f"recipe['activation'] must be a function: {recipe['activation']}"
-        )
-    if not isinstance(recipe["takeovers"], bool):
-        raise TypeError(f"recipe['takeovers'] must be a bool: {recipe['takeovers']}")
-    if not isinstance(recipe["legs"], (tuple, list)) or not recipe["legs"]:
-        raise ValueError(f"recipe['legs'] must be a tuple of numbers: {recipe['legs']}")
-    for number, leg in enumerate(recipe["legs"]):
-        gatedref.check_positive(f"recipe['legs'][{number}]", leg)
+defvjp(_clip_and_reopen, _reopening_vjp)
 
 
 # ---- The toy -------------------------------------------------------------------------
 
 
-def train_toy(n_heads, n_trigrams, seed, recipe=TOY, *, n_layers=1, watch=None):
+@np.errstate(over="ignore", invalid="ignore")  # `check_finite` tells
+def descend(loss_of, layers, draw, recipe):
+    """Trains anything else by the loop of `take_apart`: the same legs, the same Adam.
+
+    layers: a list of dicts of arrays. loss_of(layers, *draw()): a scalar, and draw() a
+    new batch. Returns the layers as they are in the end.
+    """
+    loss_and_gradient_at = value_and_grad(loss_of)
+    for leg, factor in enumerate(recipe.rate_factors):
+        adams = [Adam(layer) for layer in layers]
+        for step in steps_of(leg, recipe):
+            loss, gradient = loss_and_gradient_at(layers, *draw())
+            moved = []
+            for adam, layer, slope in zip(adams, layers, gradient):
+                moved.append(adam.step(layer, slope, factor * recipe.rate))
+            layers = moved
+            check_finite(step, loss, layers)
+    return layers
+
+
+def train_toy(n_heads, n_trigrams, seed, recipe=TOY, *, n_layers=1):
     """The layers of a toy model, trained to predict the next token of skip trigrams."""
     V = 2 * n_trigrams + 2
     tokens, _ = gatedref.sample_skip_trigrams(n_trigrams, 5000, seed=seed)
     rng = np.random.default_rng([seed, 2])
-    one_hot = np.eye(V)
 
-    def objective(layers):
-        batch = tokens[rng.integers(len(tokens), size=recipe["batch"])]
+    def draw():
+        return (tokens[rng.integers(len(tokens), size=recipe.batch)],)
+
+    def loss_of(layers, batch):
         logits = gatedref.transformer(layers, batch)["logits"]
-        loss = cross_entropy(logits[:, :-1], one_hot[batch[:, 1:]])
-        return loss, {"loss": loss}
+        return cross_entropy(logits[:, :-1], np.eye(V)[batch[:, 1:]])
 
     start = []
     for layer in range(n_layers):
         start.append(gatedref.init_params(n_heads, V, 1, seeds_of(seed, layer).toy))
-    layers, _ = fit(objective, start, recipe, watch=watch)
-    return layers
+    return descend(loss_of, start, draw, recipe)
 
 
 def cross_entropy(logits, answers):
@@ -442,6 +632,14 @@ def cross_entropy(logits, answers):
     return np.mean(log_sum - np.sum(logits * answers, axis=-1))
 
 
+# Everything random comes from one seed, but no two things from the same stream. A block
+# starts from the seed itself. Four things have seeds from `seeds_of`; batches and other
+# samples come from default_rng([seed, n]), where n is
+#     1 the batches and takeovers of a gated block    2 the batches of a toy
+#     3 the batches of a floor, or of two gated layers (price, layers)
+#     4 those of top-k, and of blocks that copy (ablations, overlap)
+#     5 those of a toy with two sources, 6 those of its gated block (sources)
+#     7 the fresh sequences that these are judged on (overlap, sources)
 Seeds = namedtuple("Seeds", "toy selection recording verdict")
 
 
@@ -451,200 +649,30 @@ def seeds_of(*numbers):
     return Seeds(*[int(state) for state in states])
 
 
-# ---- What a model does ---------------------------------------------------------------
-
-
-def skip_trigram_task(n_trigrams, n_sequences, seed):
-    """Fresh sequences, and what is due in them.
-
-    Returns a dict of integers [S, T]: `tokens`; `answers`, the C that is due, at the B
-    of a sequence's only trigram, -1 elsewhere; and `lures`, the C that would be due, at
-    each B that no A came before, -1 elsewhere.
-    """
-    n = n_trigrams
-    tokens, completes = gatedref.sample_skip_trigrams(n, n_sequences, seed=seed)
-    is_only = np.sum(completes, axis=1, keepdims=True) == 1
-    is_B = (tokens >= 1) & (tokens <= n)
-    no_A_yet = np.cumsum(tokens == 0, axis=1) == 0
-    answers = np.where(completes & is_only, tokens + n, -1)
-    lures = np.where(is_B & no_A_yet, tokens + n, -1)
-    return {"tokens": tokens, "answers": answers, "lures": lures}
-
-
-def in_parts(tokens):
-    """Slices of 500 sequences each, as many fit into memory with all intermediates."""
-    return [slice(start, start + 500) for start in range(0, len(tokens), 500)]
-
-
-def results_where(layers, tokens, at):
-    """What each head writes [N, H, V], heads of all layers, and the logits [N, V].
-
-    at: booleans [S, T], N of them true: the positions in question.
-    """
-    results, logits = [], []
-    for part in in_parts(tokens):
-        model = gatedref.transformer(layers, tokens[part])
-        result = [block["result"] for block in model["blocks"]]
-        results.append(np.concatenate(result, axis=2)[at[part]])
-        logits.append(model["logits"][at[part]])
-    return np.concatenate(results), np.concatenate(logits)
-
-
-def judge(layers, tokens, answers):
-    """What a model of attention blocks does with each answer that is asked of it.
-
-    layers: a list of parameter dicts, as in `gatedref.transformer`. tokens: integers
-    [S, T] in [0, V). answers: integers [S, T]: the token that is due, -1 where none is.
-
-    Returns a dict of lists, an entry for each answer in rising order: `answers`;
-    `accuracy`, the part of its positions where the model, residual included, says it;
-    `holders`, the smallest sets of heads that hold it (see `gatedref.holders`; on its
-    first 1,000 positions), heads of all layers counted on; `shares` [H], each head's
-    mean share in the sum of the norms of what all heads write there.
-
-    ValueError, TypeError: an argument that is not as above, or no answer is asked.
-    """
-    tokens = gatedref.check_array("tokens", tokens, "ST", kinds="iu")
-    sizes = gatedref.sizes_of("tokens", tokens, "ST")
-    answers = gatedref.check_array("answers", answers, "ST", sizes, kinds="iu")
-    if np.max(answers) < 0:
-        raise ValueError("answers must hold a token that is due, got none")
-    results, logits = results_where(layers, tokens, answers >= 0)
-    return judge_results(results, logits, answers[answers >= 0])
-
-
-def judge_results(results, logits, due):
-    """The dict of `judge`, from what heads write [N, H, V], logits [N, V], due [N]."""
-    shares = shares_of(results)  # [N, H]
-    is_right = np.argmax(logits, axis=1) == due
-
-    found = {"answers": [], "accuracy": [], "holders": [], "shares": []}
-    for answer in np.unique(due):
-        mine = due == answer
-        held_by = gatedref.holders(results[mine][:1000], due[mine][:1000])
-        found["answers"].append(int(answer))
-        found["accuracy"].append(float(np.mean(is_right[mine])))
-        found["holders"].append(held_by)
-        found["shares"].append(np.mean(shares[mine], axis=0).tolist())
-    return found
-
-
-def shares_of(results):
-    """Each head's share in the sum of all heads' norms: [N, H, V] -> [N, H]"""
-    norms = np.linalg.norm(results, axis=2)
-    total = np.sum(norms, axis=1, keepdims=True)
-    return norms / np.where(total > 0, total, 1)
-
-
-def singles(holders):
-    """For each answer the heads that hold it by themselves."""
-    alone = []
-    for sets in holders:
-        alone.append([heads[0] for heads in sets if len(heads) == 1])
-    return alone
-
-
-def is_apart(found, least=0.99):
-    """Whether each answer is right and has a head of its own that holds it.
-
-    found: what `judge` returns. An answer is right if its accuracy is above `least`. Of
-    the heads that hold each answer alone, one can be chosen so that none is chosen
-    twice.
-    """
-    if min(found["accuracy"]) <= least:
-        return False
-    for chosen in itertools.product(*singles(found["holders"])):
-        if len(set(chosen)) == len(chosen):
-            return True
-    return False
-
-
-def share_of(found):
-    """How much one head does: the mean over the answers of the largest share."""
-    return float(np.mean([max(shares) for shares in found["shares"]]))
-
-
-def unexplained(gated, tokens, target):
-    """The part of the target's variance that a gated block leaves unexplained.
-
-    The sum of squared errors over that of squared deviations from the target's mean: 0
-    is a copy, 1 is no better than the mean. tokens: integers [S, T] in [0, V); target:
-    [S, T, V]. ValueError, TypeError: they are not so.
-    """
-    tokens, target = check_recorded(tokens, target)
-    one_hot = np.eye(target.shape[2])
-    errors = []
-    for part in in_parts(tokens):
-        attn_out = gatedref.gated_attention(gated, one_hot[tokens[part]])["attn_out"]
-        errors.append(np.sum((attn_out - target[part]) ** 2))
-    deviation = target - np.mean(target, axis=(0, 1))
-    return float(sum(errors) / np.sum(deviation**2))
-
-
-def fires_without_A(layers, tokens, answers, lures, found):
-    """For each answer, whether every head that holds it alone fires without its A, too.
-
-    A head may write C whenever B comes, whether an A came before or not, while another
-    head takes it back where none did: it copies, the other cancels. It holds the
-    trigram by the published rule, which looks at completed trigrams only. A head *fires
-    without A* if its lead on C (what it writes there less the largest of what else it
-    writes) is, on average over the lures, more than half of what it is where the
-    trigram is complete.
-
-    tokens, answers, lures: see `skip_trigram_task`. found: what `judge` returns.
-    ValueError: an answer of `found` is never due in `answers`, or never a lure.
-    """
-    complete, _ = results_where(layers, tokens, answers >= 0)
-    lured, _ = results_where(layers, tokens, lures >= 0)
-    due = answers[answers >= 0]
-    lure = lures[lures >= 0]
-    return results_without_A(complete, due, lured, lure, found)
-
-
-def results_without_A(complete, due, lured, lure, found):
-    """The list of `fires_without_A`, from what heads write [N, H, V] at each answer due
-    [N], and at each lure [N]."""
-    fires = []
-    for answer, heads in zip(found["answers"], singles(found["holders"])):
-        if answer not in due or answer not in lure:
-            raise ValueError(f"answer {answer} must be due somewhere, and a lure")
-        lead = mean_lead(complete[due == answer], answer)  # [H]
-        lead_without_A = mean_lead(lured[lure == answer], answer)
-        is_fired = lead_without_A[heads] > 0.5 * lead[heads]
-        fires.append(len(heads) > 0 and bool(np.all(is_fired)))
-    return fires
-
-
-def mean_lead(result, answer):
-    """How far each head writes an answer above all else: [N, H, V] -> mean, [H]"""
-    others = np.delete(result, answer, axis=2)
-    return np.mean(result[:, :, answer] - np.max(others, axis=2), axis=0)
-
-
-# ---- A toy, its gated block, the verdict ---------------------------------------------
-
-
-def toy_and_record(n_heads, n_trigrams, seed, recipe=TOY, watch=None):
+def toy_and_record(
+    n_heads, n_trigrams, seed, recipe=TOY, *, is_smoke=False, watch=None
+):
     """A toy that shows superposition, and what a gated block learns from.
 
     The toy is the first of all drawn that is right on more than 99.8% of each trigram
-    while at least one trigram is distributed. (In a short run any toy will do.) Returns
+    while at least one trigram is distributed. (In a smoke run any toy will do.) Returns
     its parameters, 5,000 sequences of tokens, and what its attention writes on them.
+    watch(number): is told which toy is being trained.
     """
     task = skip_trigram_task(n_trigrams, 10_000, seeds_of(seed).selection)
-    is_short = recipe["steps"] < TOY["steps"]
     for draw in itertools.count():
-        draw_seed = seeds_of(seed, draw).toy
-        layers = train_toy(n_heads, n_trigrams, draw_seed, recipe, watch=watch)
-        if is_short or shows_superposition(layers, task):
-            return layers[0], *record(layers, n_trigrams, seed)
+        if watch is not None:
+            watch(draw + 1)
+        toy = train_toy(n_heads, n_trigrams, seeds_of(seed, draw).toy, recipe)
+        if is_smoke or shows_superposition(toy, task):
+            return toy[0], *record(toy, n_trigrams, seed)
 
 
 def shows_superposition(layers, task):
     """Whether a toy is right on each trigram, and at least one is distributed."""
-    found = judge(layers, task["tokens"], task["answers"])
+    found = judge(writes(layers), task)
     is_right = min(found["accuracy"]) > 0.998
-    return is_right and [] in singles(found["holders"])
+    return is_right and [] in gatedref.singles(found["holders"])
 
 
 def record(layers, n_trigrams, seed):
@@ -654,36 +682,112 @@ def record(layers, n_trigrams, seed):
     return tokens, written(layers, tokens)
 
 
+def written(layers, tokens):
+    """What the attention of all layers writes, summed: integers [S, T] -> [S, T, V]"""
+    recorded = []
+    n_heads = sum(len(layer["W_Q"]) for layer in layers)
+    for part in parts_of(tokens, n_heads, layers[0]["W_Q"].shape[1]):
+        blocks = gatedref.transformer(layers, tokens[part])["blocks"]
+        recorded.append(sum(block["attn_out"] for block in blocks))
+    return np.concatenate(recorded)
+
+
+# ---- What a model does ---------------------------------------------------------------
+
+# Integers [S, T]: the tokens; the C that is due at the B of a sequence's only trigram,
+# -1 elsewhere; and at each B that no A came before the C that would be due, else -1.
+Task = namedtuple("Task", "tokens answers lures")
+
+
+def skip_trigram_task(n_trigrams, n_sequences, seed):
+    """Fresh sequences, and what is due in them: a `Task`."""
+    n = n_trigrams
+    tokens, completes = gatedref.sample_skip_trigrams(n, n_sequences, seed=seed)
+    is_only = np.sum(completes, axis=1, keepdims=True) == 1
+    is_B = (tokens >= 1) & (tokens <= n)
+    no_A_yet = np.cumsum(tokens == 0, axis=1) == 0
+    answers = np.where(completes & is_only, tokens + n, -1)
+    lures = np.where(is_B & no_A_yet, tokens + n, -1)
+    return Task(tokens, answers, lures)
+
+
 def fresh_task(n_trigrams, seed, n_sequences=10_000):
     """What a verdict is based on: sequences that nothing was trained on."""
     return skip_trigram_task(n_trigrams, n_sequences, seeds_of(seed).verdict)
 
 
-def written(layers, tokens):
-    """What the attention of all layers writes, summed: integers [S, T] -> [S, T, V]"""
-    parts = []
-    for part in in_parts(tokens):
-        blocks = gatedref.transformer(layers, tokens[part])["blocks"]
-        parts.append(sum(block["attn_out"] for block in blocks))
-    return np.concatenate(parts)
+def parts_of(tokens, n_heads, V):
+    """Slices of the sequences that fit into memory with all intermediates."""
+    S, T = tokens.shape
+    return gatedref.parts(S, 8 * n_heads * T * (8 * T + 2 * V))
 
 
-def verdict(gated, layers, n_trigrams, seed, n_sequences=10_000):
-    """What a gated block is worth in place of some layers, on fresh sequences.
+def writes(layers, activation=gatedref.clamp):
+    """A function of tokens [S, T]: what each head of all layers writes, [S, T, H, V]"""
 
-    Returns a dict: what `judge` found of it, and `apart`, `share`, `unexplained`, and
-    `fires_without_A`, for how many trigrams.
+    def write(tokens):
+        model = gatedref.transformer(layers, tokens, activation=activation)
+        result = [block["result"] for block in model["blocks"]]
+        return np.concatenate(result, axis=2)
+
+    return write
+
+
+# What is seen of a model on a task. Where an answer is due: `result` [N, H, V], what
+# each head writes, `output` [N, V], the logits, and `answers` [N]. Where a lure is:
+# `result_without_A` [M, H, V] and `lures` [M]. Everywhere: `written` [S, T, V].
+Seen = namedtuple("Seen", "result output answers result_without_A lures written")
+
+
+def observe(write, task):
+    """Runs a model on a task. write: a function like those that `writes` makes."""
+    _, _, H, V = write(task.tokens[:1]).shape
+    seen = Seen([], [], [], [], [], [])
+    for part in parts_of(task.tokens, H, V):
+        result = write(task.tokens[part])
+        attn_out = np.sum(result, axis=2)
+        logits = np.eye(V)[task.tokens[part]] + attn_out
+        answers, lures = task.answers[part], task.lures[part]
+
+        seen.result.append(result[answers >= 0])
+        seen.output.append(logits[answers >= 0])
+        seen.answers.append(answers[answers >= 0])
+        seen.result_without_A.append(result[lures >= 0])
+        seen.lures.append(lures[lures >= 0])
+        seen.written.append(attn_out)
+    return Seen(*[np.concatenate(arrays) for arrays in seen])
+
+
+def judge(write, task):
+    """What `gatedref.judge` finds of a model on a task."""
+    seen = observe(write, task)
+    return gatedref.judge(seen.result, seen.output, seen.answers)
+
+
+def verdict(write, toy, task, *, n_lured=2000, most=None):
+    """What a model is worth in place of a toy's layers, on fresh sequences.
+
+    n_lured: on how many sequences `fires_without_A` looks; a mean needs no more. most:
+    see `gatedref.holders`. Returns a dict: what `judge` found of it, and `apart`,
+    `share`, `unexplained`, and `fires_without_A`, for how many trigrams.
     """
-    task = fresh_task(n_trigrams, seed, n_sequences)
-    tokens, answers, lures = task["tokens"], task["answers"], task["lures"]
-    found = judge([gated], tokens, answers)
-    some = slice(2000)  # of the sequences: a mean needs no more
-    fires = fires_without_A([gated], tokens[some], answers[some], lures[some], found)
+    seen = observe(write, task)
+    found = gatedref.judge(seen.result, seen.output, seen.answers, most=most)
+    n_answers = np.sum(task.answers[:n_lured] >= 0)
+    n_lures = np.sum(task.lures[:n_lured] >= 0)
+    fires = gatedref.fires_without_A(
+        found,
+        seen.result[:n_answers],
+        seen.answers[:n_answers],
+        seen.result_without_A[:n_lures],
+        seen.lures[:n_lures],
+    )
+    target = written(toy, task.tokens)
     return {
         **found,
-        "apart": is_apart(found),
-        "share": share_of(found),
-        "unexplained": unexplained(gated, tokens, written(layers, tokens)),
+        "apart": gatedref.is_apart(found),
+        "share": gatedref.share_of(found),
+        "unexplained": gatedref.unexplained(seen.written, target),
         "fires_without_A": sum(fires),
     }
 
@@ -701,11 +805,11 @@ def main(argv=None):
     # Only the command needs these, and Matplotlib with them.
     from figures import before_after, common
 
-    options = parse(argv, common)
+    options = parse(argv)
     rows, blocks = [], {}
     try:
         for key in SETTINGS:
-            row, params = run_setting(key, options)
+            row, params = run_setting(key, options.seed, options.quick)
             rows.append(row)
             for name, array in params.items():
                 blocks[f"{key}/{name}"] = array
@@ -724,7 +828,9 @@ def main(argv=None):
     return 0
 
 
-def parse(argv, common):
+def parse(argv):
+    from figures import common
+
     parser = argparse.ArgumentParser("train.py", description=DESCRIPTION)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of everything random; another needs --out")
@@ -732,13 +838,12 @@ def parse(argv, common):
     add("--quick", action="store_true", help="a smoke run of seconds, to figures/quick")
     options = parser.parse_args(argv)
 
-    options.changes = common.QUICK if options.quick else {}
     if options.seed < 0:
         parser.error(f"--seed must be >= 0, got {options.seed}")
     if options.out is None and options.seed != 0 and not options.quick:
         parser.error("--seed needs --out: the pictures in figures/ show seed 0")
     if options.out is None:
-        options.out = common.QUICK_FOLDER if options.quick else common.FIGURES
+        options.out = common.SCRATCH if options.quick else common.FIGURES
     try:
         common.try_out(options.out)  # before a minute is spent on training
     except OSError as problem:
@@ -748,42 +853,52 @@ def parse(argv, common):
     return options
 
 
-def run_setting(key, options):
+def shortened(recipe, is_smoke):
+    """The recipe; for a smoke run of seconds one by which nothing is learnt."""
+    if is_smoke:
+        return recipe._replace(steps=10, rate_factors=(1.0, 1.0))
+    return recipe
+
+
+def run_setting(key, seed, is_smoke):
     """A toy and its gated block: a row of main.json, and the parameters of both."""
     n_heads, n_trigrams = SETTINGS[key]
     began = time.perf_counter()
 
-    def watch_toy(done, _):
-        show(f"{key}: training a toy, {done:.0%}")
+    def watch_toys(number):
+        show(f"{key}: training a toy, the {number}. try")
 
     def watch_gated(done, _):
         show(f"{key}: taking it apart, {done:.0%}")
 
-    recipe = {**TOY, **options.changes}
     toy, tokens, target = toy_and_record(
-        n_heads, n_trigrams, options.seed, recipe, watch_toy
+        n_heads,
+        n_trigrams,
+        seed,
+        shortened(TOY, is_smoke),
+        is_smoke=is_smoke,
+        watch=watch_toys,
     )
     tell(f"{key}: a toy is trained", began)
-    recipe = {**RECIPE, **options.changes}
+    x = np.eye(target.shape[2])[tokens]
+    recipe = shortened(RECIPE, is_smoke)
     gated, _ = take_apart(
-        tokens, target, n_heads, seed=options.seed, recipe=recipe, watch=watch_gated
+        x, target, n_heads, seed=seed, recipe=recipe, watch=watch_gated
     )
     tell(f"{key}: it is taken apart", began)
 
     params = {f"toy/{name}": array for name, array in toy.items()}
     for name, array in gated.items():
         params[f"gated/{name}"] = array
-    row = {"key": key, "seed": options.seed, **row_of(toy, gated, options.seed)}
-    return row, params
+    row = row_of(toy, gated, fresh_task(n_trigrams, seed))
+    return {"key": key, "seed": seed, **row}, params
 
 
-def row_of(toy, gated, seed):
+def row_of(toy, gated, task):
     """What main.json says of a toy and its gated block."""
+    before = judge(writes([toy]), task)
+    after = verdict(writes([gated]), [toy], task)
     V = toy["W_Q"].shape[1]
-    n_trigrams = (V - 2) // 2
-    task = fresh_task(n_trigrams, seed)
-    before = judge([toy], task["tokens"], task["answers"])
-    after = verdict(gated, [toy], n_trigrams, seed)
     gate = gatedref.gated_attention(gated, np.eye(V)[None])["gate"][0]
 
     row = {}

@@ -29,35 +29,31 @@ KEYS = ("3H4T", "4H5T")
 def main():
     options = common.parse(__doc__, n_seeds=20)
     jobs = []
-    for key in KEYS:
+    for key in KEYS[:1] if options.is_smoke else KEYS:
         for seed in options.seeds:
             for variant in (*CHANGES, *TOP):
                 jobs.append({"key": key, "variant": variant, "seed": seed})
-    rows = common.run("ablations", jobs, work, options)
+    rows = common.run("ablations", jobs, work, options, CHANGES)
     print(*tables_of(rows))
 
 
-def work(job, changes):
+def work(job, is_smoke):
     n_heads, n_trigrams = train.SETTINGS[job["key"]]
     variant, seed = job["variant"], job["seed"]
-    toy, tokens, target = price.toy_of(job["key"], seed, changes.get("steps"))
-    recipe = {**train.RECIPE, **CHANGES.get(variant, {}), **changes}
-
+    toy, tokens, target = price.toy_of(job["key"], seed, is_smoke)
+    x = np.eye(target.shape[2])[tokens]
     if variant in TOP:
-        k = TOP[variant]
-        params = fit_top(k, tokens, target, n_heads, seed, recipe)
-
-        def write(x):
-            return keep_top(k, gatedref.attention(params, x)["result"])
-
+        recipe = train.shortened(train.RECIPE, is_smoke)
+        params = fit_top(TOP[variant], x, target, n_heads, seed, recipe)
+        write = writes_top(TOP[variant], params)
     else:
-        gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
-        activation = recipe["activation"]
+        recipe = train.shortened(CHANGES[variant], is_smoke)
+        gated, _ = train.take_apart(x, target, n_heads, seed=seed, recipe=recipe)
+        write = train.writes([gated], recipe.activation)
 
-        def write(x):
-            return gatedref.gated_attention(gated, x, activation=activation)["result"]
-
-    return verdict(write, toy, n_trigrams, seed, common.n_fresh(changes))
+    n_fresh = common.n_fresh(is_smoke)
+    task = train.fresh_task(n_trigrams, seed, n_fresh)
+    return common.kept_of(train.verdict(write, [toy], task, n_lured=n_fresh))
 
 
 # ---- The changes ---------------------------------------------------------------------
@@ -78,22 +74,22 @@ def binary(scores):
     return clamped + (gate - getval(clamped))  # the bracket has no derivative
 
 
-OUR_LENGTH = {"steps": train.RECIPE["steps"], "batch": train.RECIPE["batch"]}
+OURS = train.RECIPE
 CHANGES = {
-    "published recipe": {**train.PUBLISHED, **OUR_LENGTH},
-    "published objective": {"value_scale": None},
-    "no takeover": {"takeovers": False},
-    "p = 0.4": {"p": 0.4},
-    "p = 1": {"p": 1.0},
-    "p = 2": {"p": 2.0},
-    "as many heads as the toy": {"heads": 1},
-    "three times the heads": {"heads": 3},
-    "d_head 1": {"d_head": 1},
-    "d_gate 1": {"d_gate": 1},
-    "stuck gates": {"activation": gatedref.clamp},
-    "ReLU": {"activation": relu},
-    "tanh": {"activation": tanh},
-    "binary gates, no takeover": {"activation": binary, "takeovers": False},
+    "published recipe": train.PUBLISHED._replace(steps=OURS.steps, batch=OURS.batch),
+    "published objective": OURS._replace(value_scale=None),
+    "no takeover": OURS._replace(takeovers=False),
+    "p = 0.4": OURS._replace(p=0.4),
+    "p = 1": OURS._replace(p=1.0),
+    "p = 2": OURS._replace(p=2.0),
+    "as many heads as the toy": OURS._replace(expansion=1),
+    "three times the heads": OURS._replace(expansion=3),
+    "d_head 1": OURS._replace(d_head=1),
+    "d_gate 1": OURS._replace(d_gate=1),
+    "stuck gates": OURS._replace(activation=gatedref.clamp),
+    "ReLU": OURS._replace(activation=relu),
+    "tanh": OURS._replace(activation=tanh),
+    "binary gates, no takeover": OURS._replace(activation=binary, takeovers=False),
 }
 
 
@@ -102,23 +98,38 @@ CHANGES = {
 TOP = {"top-1, no gates": 1, "top-2, no gates": 2}
 
 
-def fit_top(k, tokens, target, n_heads, seed, recipe):
+def fit_top(k, x, target, n_heads, seed, recipe):
     """An ungated block with spare heads, trained while k heads are kept at a query."""
-    V = target.shape[2]
-    start = gatedref.init_params(recipe["heads"] * n_heads, V, recipe["d_head"], seed)
+    n_kept_from = recipe.expansion * n_heads
+    start = gatedref.init_params(n_kept_from, x.shape[2], recipe.d_head, seed)
+    start = {name: array.astype(x.dtype) for name, array in start.items()}
+    variance = gatedref.variance_of(target)
     rng = np.random.default_rng([seed, 4])
-    variance = train.variance_of(target)
 
-    def objective(params):
-        batch = rng.integers(len(tokens), size=recipe["batch"])
-        x = np.eye(V)[tokens[batch]]
-        kept = keep_top(k, gatedref.attention(params, x)["result"])
-        mse = np.mean((np.sum(kept, axis=2) - target[batch]) ** 2)
-        loss = mse / variance
-        return loss, {"loss": loss}
+    def draw():
+        batch = rng.integers(len(x), size=recipe.batch)
+        return x[batch], target[batch]
 
-    params, _ = train.fit(objective, start, recipe)
-    return params
+    def loss_of(layers, x, target):
+        kept = keep_top(k, gatedref.attention(layers[0], x)["result"])
+        return np.mean((np.sum(kept, axis=2) - target) ** 2) / variance
+
+    layers = train.descend(loss_of, [start], draw, recipe)
+    return layers[0]
+
+
+def writes_top(k, params):
+    """A function of tokens, like `train.writes`, of what is kept.
+
+    For `holders`, too, a head that is not kept writes 0, and taking heads away lets no
+    other one in.
+    """
+    V = params["W_Q"].shape[1]
+
+    def write(tokens):
+        return keep_top(k, gatedref.attention(params, np.eye(V)[tokens])["result"])
+
+    return write
 
 
 def keep_top(k, result):
@@ -129,33 +140,7 @@ def keep_top(k, result):
     return np.where(is_kept[..., None], result, 0.0)
 
 
-# ---- The verdict, and the table ------------------------------------------------------
-
-
-def verdict(write, toy, n_trigrams, seed, n_sequences):
-    """The verdict of `train.verdict`, of a block that is no plain gated one.
-
-    write(x) -> what each head writes, [B, T, H, V], for tokens x one-hot, [B, T, V]. Of
-    top-k that is what is kept: for `holders`, too, a head that is not kept writes 0,
-    and taking heads away lets no other one in.
-    """
-    task = train.fresh_task(n_trigrams, seed, n_sequences)
-    tokens = task["tokens"]
-    x = np.eye(2 * n_trigrams + 2)[tokens]
-    result = np.concatenate([write(x[part]) for part in train.in_parts(tokens)])
-    attn_out = np.sum(result, axis=2)
-    target = train.written([toy], tokens)
-    mse = np.mean((attn_out - target) ** 2)
-
-    at, lured = task["answers"] >= 0, task["lures"] >= 0
-    due, lure = task["answers"][at], task["lures"][lured]
-    found = train.judge_results(result[at], (x + attn_out)[at], due)
-    fires = train.results_without_A(result[at], due, result[lured], lure, found)
-    found["apart"] = train.is_apart(found)
-    found["share"] = train.share_of(found)
-    found["unexplained"] = float(mse / train.variance_of(target))
-    found["fires_without_A"] = sum(fires)
-    return common.kept_of(found)
+# ---- The table -----------------------------------------------------------------------
 
 
 def priced(seeds):

@@ -8,8 +8,8 @@ right on that trigram at all.
 import numpy as np
 
 from figures.common import picture, table
+from gatedref import RIGHT, singles
 
-RIGHT = 0.99  # a model is right on a trigram if its accuracy is above
 RING = "#D55E00"  # Okabe and Ito's vermilion, which the colour-blind can tell from grey
 
 
@@ -42,11 +42,6 @@ def tables_of(rows):
     return [table(head, lines)]
 
 
-def alone(sets):
-    """The heads that hold a trigram by themselves."""
-    return [heads[0] for heads in sets if len(heads) == 1]
-
-
 def held_by(holders, accuracy):
     """The sets of heads that hold each trigram: "2, 0+1, 1 or 3, wrong"."""
     cells = []
@@ -64,8 +59,9 @@ def held_by(holders, accuracy):
 def changes_of_hands(row):
     """A sentence for each trigram that several heads held, and one alone does now."""
     sentences = []
+    alone = singles(row["holders_gated"])
     for number, sets in enumerate(row["holders_toy"], 1):
-        after = alone(row["holders_gated"][number - 1])
+        after = alone[number - 1]
         right_before = row["accuracy_toy"][number - 1] > RIGHT
         right_after = row["accuracy_gated"][number - 1] > RIGHT
         took_several = len(sets) > 0 and len(sets[0]) > 1
@@ -124,9 +120,9 @@ def draw_heads(ax, cells, names, most, row, which):
     A ring is around each head that holds a trigram alone, in the column of its B.
     """
     rings = []
-    for number, sets in enumerate(row[f"holders_{which}"], 1):
+    for number, heads in enumerate(singles(row[f"holders_{which}"]), 1):
         if row[f"accuracy_{which}"][number - 1] > RIGHT:
-            rings += [(head, f"B{number}") for head in alone(sets)]
+            rings += [(head, f"B{number}") for head in heads]
     order = [head for head, _ in rings] + list(range(len(cells)))
     order = list(dict.fromkeys(order))  # each once
 

@@ -6,59 +6,69 @@ import io
 import json
 import os
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 
 FIGURES = Path(__file__).resolve().parent
-QUICK_FOLDER = FIGURES / "quick"
-# Changes to a recipe for a smoke run of seconds, in which nothing is learnt.
-QUICK = {"steps": 10, "legs": (1.0, 1.0)}
+SCRATCH = FIGURES / "quick"  # smoke runs, runs of some seeds, and rows to go on from
 
 # ---- Runs, and their rows ------------------------------------------------------------
 
+# seeds: a range. is_whole: all seeds of the page, so that its files are made anew.
+# is_smoke: a run of seconds, in which nothing is learnt. out: where files go.
+Options = namedtuple("Options", "seeds is_whole is_smoke out")
 
-def parse(question, n_seeds):
-    """The options that every script has."""
-    parser = argparse.ArgumentParser(description=question)
+
+def parse(question, n_seeds=None):
+    """The options of a script; n_seeds: how many seeds its page has, if it has any."""
+    parser = argparse.ArgumentParser(
+        description=question, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
-    parser.add_argument("--seeds", type=int, default=n_seeds, help="how many")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    options = parser.parse_args()
-    if options.quick:
-        options.seeds = 1
-    is_whole = options.first == 0 and options.seeds == n_seeds
-    options.is_whole = is_whole and not options.quick
-    options.out = FIGURES if options.is_whole else QUICK_FOLDER
-    options.seeds = range(options.first, options.first + options.seeds)
-    options.changes = QUICK if options.quick else {}
-    try_out(options.out)  # before hours are spent
-    return options
+    if n_seeds is not None:
+        parser.add_argument("--seeds", type=int, default=n_seeds, help="how many")
+        parser.add_argument("--first", type=int, default=0, help="the first seed")
+    given = parser.parse_args()
+
+    first, count = 0, 1
+    if n_seeds is not None:
+        first, count = given.first, given.seeds
+    if first < 0 or count < 1:
+        parser.error("--seeds must be >= 1, and --first >= 0")
+    is_whole = first == 0 and count == (n_seeds or 1) and not given.quick
+    if given.quick:
+        count = 1
+    out = FIGURES if is_whole else SCRATCH
+    try_out(out)  # before hours are spent
+    return Options(range(first, first + count), is_whole, given.quick, out)
 
 
-def run(name, jobs, work, options):
+def run(name, jobs, work, options, recipes):
     """The rows of all jobs, saved as they come. A job identifies its row.
 
-    work(job, changes) -> the rest of the row; `changes` to a recipe are for a quick
-    run. Each finished row becomes a line of figures/quick/NAME.jsonl, so that a run
-    which was interrupted goes on where it stopped. When all rows are there they are
+    work(job, is_smoke) -> the rest of the row. Each finished row becomes a line of
+    figures/quick/NAME.jsonl, so that a run which was interrupted goes on where it
+    stopped, as long as its recipes are the same. When all rows are there they are
     written to NAME.json.
     """
-    kept = QUICK_FOLDER / f"{name}.jsonl"
-    if options.quick:
-        kept = QUICK_FOLDER / f"{name}.quick.jsonl"
+    kept = SCRATCH / f"{name}.jsonl"
+    if options.is_smoke:
+        kept = SCRATCH / f"{name}.quick.jsonl"
         kept.unlink(missing_ok=True)
     kept.parent.mkdir(exist_ok=True)  # a whole run keeps its rows there, too
-    earlier = read_kept(kept)
+    recipes = described(recipes)
+    earlier = read_kept(kept, recipes)
 
     rows = []
     for number, job in enumerate(jobs, 1):
         row = find_row(job, earlier)
         if row is None:
             began = time.perf_counter()
-            row = rounded({**job, **work(job, options.changes)})
+            row = rounded({**job, **work(job, options.is_smoke)})
             with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({"recipes": recipes, "row": row}) + "\n")
             seconds = time.perf_counter() - began
             print(f"{number} of {len(jobs)}: {job}, {seconds:.0f} s", flush=True)
         rows.append(row)
@@ -69,11 +79,37 @@ def run(name, jobs, work, options):
     return rows
 
 
-def read_kept(path):
+def described(value):
+    """Recipes in words, the same in every process: functions by their names."""
+    if isinstance(value, dict):
+        return {str(name): described(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(entry) for entry in value]
+    return value.__name__ if callable(value) else value
+
+
+def read_kept(path, recipes):
+    """The rows of an earlier run with these recipes; the file is left with just them.
+
+    A line that is torn, as by a full disk, is dropped, and its job done again.
+    """
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines, rows = path.read_text().splitlines(), []
+    for line in lines:
+        try:
+            kept = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if kept["recipes"] == recipes:
+            rows.append(kept["row"])
+
     print(f"{len(rows)} rows are in {path} already; delete it to start anew")
+    if len(rows) < len(lines):
+        n_dropped = len(lines) - len(rows)
+        print(f"{n_dropped} lines there are torn, or of other recipes: dropped")
+        again = [json.dumps({"recipes": recipes, "row": row}) + "\n" for row in rows]
+        write(path, "".join(again).encode())
     return rows
 
 
@@ -85,9 +121,9 @@ def find_row(job, rows):
     return None
 
 
-def n_fresh(changes):
-    """On how many fresh sequences a model is judged; a few will do in a quick run."""
-    return 500 if changes else 10_000
+def n_fresh(is_smoke):
+    """On how many fresh sequences a model is judged; a few will do in a smoke run."""
+    return 500 if is_smoke else 10_000
 
 
 KEPT = ("apart", "share", "unexplained", "fires_without_A", "holders", "accuracy")
@@ -135,14 +171,21 @@ def table(head, rows):
 # ---- Files and pictures --------------------------------------------------------------
 
 
-def write(path, content):
-    """Writes bytes to a file whole or not at all: first beside it, then in one move."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def beside(path):
+    """A path to write to, which is moved to its place when it is whole, or removed."""
+    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        part.write_bytes(content)
+        yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write(path, content):
+    """Writes bytes to a file whole or not at all."""
+    with beside(path) as part:
+        part.write_bytes(content)
 
 
 def write_rows(path, rows):

@@ -54,18 +54,13 @@ COLOURS = {
     "wrong": "#BBBBBB",  # some trigram is not right
 }
 
-TWO_LAYERS = {  # where both layers are gated
-    "heads": 3,
-    "d_head": 2,
-    "d_gate": 2,
-    "value_scale": 2.0,
-    "alpha": 3,
-    "steps": 1200,
-    "batch": 40,
-    "rate": 0.02,
-    "legs": train.RECIPE["legs"],
+RECIPES = {
+    ONE_BLOCK: train.RECIPE,
+    NO_PENALTY: train.RECIPE._replace(alpha=0, takeovers=False),
+    "two layers": train.RECIPE._replace(  # where both layers are gated
+        steps=1200, rate=0.02, expansion=3, d_head=2, takeovers=False, alpha=3
+    ),
 }
-FREE = {**train.RECIPE, "alpha": 0, "takeovers": False}
 
 
 def main():
@@ -76,51 +71,50 @@ def main():
         for seed in seeds:
             for variant in variants:
                 jobs.append({"key": key, "variant": variant, "seed": seed})
-    rows = common.run("layers", jobs, work, options)
+    rows = common.run("layers", jobs, work, options, RECIPES)
     print(*tables_of(rows))
     draw(options.out / "layers.png", rows)
 
 
-def work(job, changes):
+def work(job, is_smoke):
     _, n_trigrams, least = TOYS[job["key"]]
     seed, variant = job["seed"], job["variant"]
-    toy, n_drawn = toy_of(job["key"], seed, changes.get("steps"))
+    toy, n_drawn = toy_of(job["key"], seed, is_smoke)
+    task = train.fresh_task(n_trigrams, seed, common.n_fresh(is_smoke))
     if variant == TOY:
-        row = judged(toy, toy, seed, common.n_fresh(changes), least)
-        return {**row, "drawn": n_drawn}
+        return {**judged(toy, toy, task, least), "drawn": n_drawn}
 
     tokens, target = train.record(toy, n_trigrams, seed)
-    if variant == EACH_LAYER:
-        gated = gate_layers(toy, tokens, by_layer, seed, {**TWO_LAYERS, **changes})
-    elif variant == ONE_PENALTY:
-        gated = gate_layers(toy, tokens, as_one, seed, {**TWO_LAYERS, **changes})
-    elif variant == ONE_BLOCK:
-        gated = gate_as_block(toy, tokens, target, seed, {**train.RECIPE, **changes})
+    if variant in BY_LAYER:
+        recipe = train.shortened(RECIPES["two layers"], is_smoke)
+        gated = gate_layers(toy, tokens, BY_LAYER[variant], seed, recipe)
     else:
-        gated = gate_as_block(toy, tokens, target, seed, {**FREE, **changes})
-    return judged(gated, toy, seed, common.n_fresh(changes), least)
+        recipe = train.shortened(RECIPES[variant], is_smoke)
+        gated = gate_as_block(toy, tokens, target, seed, recipe)
+    return judged(gated, toy, task, least)
 
 
 # ---- The toy -------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
-def toy_of(key, seed, n_steps=None):
+def toy_of(key, seed, is_smoke):
     """The layers of the first toy that is across, and how many toys were drawn for it.
 
-    (In a short run any toy will do.)
+    (In a smoke run any toy will do.)
     """
     n_heads, n_trigrams, least = TOYS[key]
-    recipe = train.TOY if n_steps is None else {**train.TOY, "steps": n_steps}
+    recipe = train.shortened(train.TOY, is_smoke)
     task = train.skip_trigram_task(n_trigrams, 10000, train.seeds_of(seed).selection)
     for n_drawn in itertools.count(1):
         toy_seed = train.seeds_of(seed, n_drawn).toy
         toy = train.train_toy(n_heads, n_trigrams, toy_seed, recipe, n_layers=2)
-        if n_steps is not None:
+        if is_smoke or kind_of(judge(toy, task), 2, least) == "across":
             return toy, n_drawn
-        found = train.judge(toy, task["tokens"], task["answers"])
-        if kind_of(found, 2, least) == "across":
-            return toy, n_drawn
+
+
+def judge(layers, task):
+    return train.judge(train.writes(layers), task)
 
 
 # ---- What is tried -------------------------------------------------------------------
@@ -129,7 +123,8 @@ def toy_of(key, seed, n_steps=None):
 def gate_as_block(toy, tokens, target, seed, recipe):
     """One gated block that learns the sum of what all layers write."""
     n_heads = sum(len(layer["W_Q"]) for layer in toy)
-    gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
+    x = np.eye(target.shape[2])[tokens]
+    gated, _ = train.take_apart(x, target, n_heads, seed=seed, recipe=recipe)
     return [gated]
 
 
@@ -140,34 +135,35 @@ def gate_layers(toy, tokens, mse_and_penalty, seed, recipe):
     """
     blocks = gatedref.transformer(toy, tokens)["blocks"]
     targets = [block["attn_out"] for block in blocks]
-    variance = train.variance_of(sum(targets))
-    value_scale = recipe["value_scale"] * np.max(np.abs(targets))
+    variance = gatedref.variance_of(sum(targets))
+    fixed = train.fixed_params(np.stack(targets), recipe)
     rng = np.random.default_rng([seed, 3])
 
-    def objective(layers):
-        batch = rng.integers(len(tokens), size=recipe["batch"])
-        scaled = [{**layer, "value_scale": value_scale} for layer in layers]
-        model = gatedref.transformer(scaled, tokens[batch], activation=train.reopening)
+    def draw():
+        return (rng.integers(len(tokens), size=recipe.batch),)
+
+    def loss_of(layers, batch):
+        whole = [{**layer, **fixed} for layer in layers]
+        model = gatedref.transformer(whole, tokens[batch], activation=recipe.activation)
         errors, gates = [], []
         for block, target in zip(model["blocks"], targets):
             errors.append(block["attn_out"] - target[batch])
             gates.append(block["gate"])
         mse, penalty = mse_and_penalty(errors, gates)
-        loss = mse / variance + recipe["alpha"] * penalty
-        return loss, {"loss": loss}
+        return mse / variance + recipe.alpha * penalty
 
-    layers, _ = train.fit(objective, gated_start(toy, seed, recipe), recipe)
-    return [{**layer, "value_scale": value_scale} for layer in layers]
+    start = gated_start(toy, seed, recipe)
+    layers = train.descend(loss_of, start, draw, recipe)
+    return [{**layer, **fixed} for layer in layers]
 
 
 def gated_start(toy, seed, recipe):
     start = []
     for number, layer in enumerate(toy):
         H, V, _ = layer["W_Q"].shape
-        sizes = (recipe["heads"] * H, V, recipe["d_head"])
-        _, layer_seed, _, _ = train.seeds_of(seed, number)
-        params = gatedref.init_params(*sizes, layer_seed, d_gate=recipe["d_gate"])
-        start.append(params)
+        layer_seed = train.seeds_of(seed, number).selection
+        sizes = (recipe.expansion * H, V, recipe.d_head, layer_seed, recipe.d_gate)
+        start.append(gatedref.init_params(*sizes))
     return start
 
 
@@ -185,22 +181,20 @@ def as_one(errors, gates):
     return mse, penalty
 
 
+BY_LAYER = {EACH_LAYER: by_layer, ONE_PENALTY: as_one}
+
 # ---- What came out -------------------------------------------------------------------
 
 
-def judged(layers, toy, seed, n_sequences, least):
+def judged(layers, toy, task, least):
     """The row of a toy, or of what takes its place, on fresh sequences."""
-    V = toy[0]["W_Q"].shape[1]
-    n_trigrams = (V - 2) // 2
-    task = train.fresh_task(n_trigrams, seed, n_sequences)
-    found = train.judge(layers, task["tokens"], task["answers"])
-    target = train.written(toy, task["tokens"])
-    error = train.written(layers, task["tokens"]) - target
-    unexplained = np.mean(error**2) / train.variance_of(target)
+    found = judge(layers, task)
+    target = train.written(toy, task.tokens)
+    attn_out = train.written(layers, task.tokens)
     return {
         "kind": kind_of(found, len(layers), least),
-        "share": train.share_of(found),
-        "unexplained": float(unexplained),
+        "share": gatedref.share_of(found),
+        "unexplained": gatedref.unexplained(attn_out, target),
         "holders": found["holders"],
     }
 
@@ -212,7 +206,7 @@ def kind_of(found, n_layers, least=0.99):
     """
     if min(found["accuracy"]) <= least:
         return "wrong"
-    if train.is_apart(found, least):
+    if gatedref.is_apart(found, least):
         return "apart"
     if n_layers == 1:
         return "shared"

@@ -37,14 +37,9 @@ COLOURS = {
     "wrong": "#BBBBBB",  # more than 1% of the variance is unexplained
 }
 N_HEADS = 6
-RECIPE = {
-    "alpha": 0.1,
-    "p": 0.6,
-    "steps": 1200,
-    "batch": 40,
-    "rate": 0.02,
-    "legs": train.RECIPE["legs"],
-}
+RECIPE = train.RECIPE._replace(
+    steps=1200, rate=0.02, d_gate=1, value_scale=None, alpha=0.1
+)
 
 D = 7  # components 0 to 2 are the queries, 3 is the source, 4 to 6 are its numbers
 IS_WANTED = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1]])  # [query, number]
@@ -56,14 +51,15 @@ def main():
     for seed in options.seeds:
         for variant in VARIANTS:
             jobs.append({"variant": variant, "seed": seed})
-    rows = common.run("overlap", jobs, work, options)
+    rows = common.run("overlap", jobs, work, options, RECIPE)
     print(*tables_of(rows))
     draw(options.out / "overlap.png", rows)
 
 
-def work(job, changes):
+def work(job, is_smoke):
     d_head, takeovers = VARIANTS[job["variant"]]
-    params = train_block(d_head, takeovers, job["seed"], {**RECIPE, **changes})
+    recipe = RECIPE._replace(d_head=d_head, takeovers=takeovers)
+    params = train_block(job["seed"], train.shortened(recipe, is_smoke))
     return judged(params, job["seed"])
 
 
@@ -110,24 +106,29 @@ def copying_block(numbers, queries):
 # ---- Training ------------------------------------------------------------------------
 
 
-def train_block(d_head, takeovers, seed, recipe):
+def train_block(seed, recipe):
     rng = np.random.default_rng([seed, 4])
     _, target = sample_copies(5000, rng)
-    variance = train.variance_of(target)
-    alpha = recipe["alpha"] * variance
+    variance = gatedref.variance_of(target)
+    alpha = recipe.alpha * variance
 
-    def objective(params):
-        x, target = sample_copies(recipe["batch"], rng)
-        activation = train.reopening
-        scalars = gatedref.loss(blind(params), x, target, alpha, activation=activation)
-        loss = scalars["loss"] / variance
-        return loss, {"loss": loss}
+    def draw():
+        return sample_copies(recipe.batch, rng)
 
-    start = gatedref.init_params(N_HEADS, D, d_head, seed, d_gate=1)
+    def loss_of(layers, x, target):
+        block = blind(layers[0])
+        loss, _ = train.loss_of_block(block, {}, x, target, variance, alpha, recipe)
+        return loss
+
+    params = gatedref.init_params(N_HEADS, D, recipe.d_head, seed, recipe.d_gate)
     for name in ("W_Q", "W_K", "b_Q", "b_K"):  # at 0 they have no gradient, and stay
-        start[name] = np.zeros_like(start[name])
-    between = take_over if takeovers else None
-    params, _ = train.fit(objective, start, recipe, between=between)
+        params[name] = np.zeros_like(params[name])
+    for leg, factor in enumerate(recipe.rate_factors):
+        if leg > 0 and recipe.takeovers:
+            params = take_over(params)
+        n_steps = len(train.steps_of(leg, recipe))
+        this_leg = recipe._replace(steps=n_steps, rate_factors=(factor,))
+        (params,) = train.descend(loss_of, [params], draw, this_leg)
     return blind(params)
 
 
@@ -144,17 +145,17 @@ def take_over(params):
     frequency = np.zeros((D, D))
     frequency[:3, 3] = 1 / 16  # at other pairs there is nothing to write
     reach = math.sqrt(2)  # the norm of a map of two columns, each of length 1
-    return train.take_over(params, look, frequency, RECIPE["p"], reach, write_map)
+    return train.take_over(params, look, frequency, RECIPE.p, reach, write_map)
 
 
 def look(params):
-    """Gates, attention (the same for all) and what is written, as `train.survey`."""
+    """Gates, attention (the same for all) and maps to write, as `train.survey`."""
     params = blind(params)
     gate = gates_of(params)
     weights = gatedref.normalised(params)
     maps = weights["W_V"][:, 4:] @ weights["W_O"][:, :, 4:]  # [H, 3, 3]
-    written = gate[..., None] * np.reshape(maps, (-1, 1, 1, 9))
-    return gate, np.ones_like(gate), written
+    value = np.reshape(maps, (-1, 1, 9))  # the same for every key
+    return gate, np.ones_like(gate), np.repeat(value, D, axis=1)
 
 
 def gates_of(params):
@@ -179,9 +180,10 @@ def write_map(params, head, _, wanted):
 def judged(params, seed):
     """The row of a gated block, on 2,000 fresh sequences."""
     x, target = sample_copies(2000, np.random.default_rng([seed, 7]))
-    variance = train.variance_of(target)
-    scalars = gatedref.loss(params, x, target, RECIPE["alpha"] * variance)
-    unexplained = float(scalars["mse"] / variance)
+    attn_out = gatedref.gated_attention(params, x)["attn_out"]
+    unexplained = gatedref.unexplained(attn_out, target)
+    variance = gatedref.variance_of(target)
+    scalars = gatedref.loss(params, x, target, RECIPE.alpha * variance)
     loss = float(scalars["loss"] / variance)
     kind = "wrong" if unexplained > 0.01 else kind_of(params)
     return {"kind": kind, "unexplained": unexplained, "loss": loss}

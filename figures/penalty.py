@@ -16,7 +16,7 @@ COLOURS = {0.6: "#000000", 1.0: "#CC79A7", 2.0: "#56B4E9"}  # by p
 
 
 def main():
-    options = common.parse(__doc__, n_seeds=1)
+    options = common.parse(__doc__)
     title = (
         "Sharing a pair: L0.6 makes it dearer, L1 does not mind, L2 gives a discount"
     )

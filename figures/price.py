@@ -17,21 +17,23 @@ import gatedref
 import train
 from figures import common
 
-ALPHAS = (10, 5, train.RECIPE["alpha"], 1, 0.25, 0)
+ALPHAS = (10, 5, train.RECIPE.alpha, 1, 0.25, 0)
 BIG = "8H10T"  # 32 heads in the block; a run takes a minute, so at two alphas only
-BIG_ALPHAS = (5, train.RECIPE["alpha"])
+BIG_ALPHAS = (5, train.RECIPE.alpha)
 SETTINGS = {**train.SETTINGS, BIG: (8, 10)}
 
 FLOOR = "floor"
-DEFAULT = f"alpha {train.RECIPE['alpha']:g}"
+DEFAULT = f"alpha {train.RECIPE.alpha:g}"
+RECIPES = {"blocks": train.RECIPE, FLOOR: train.RECIPE._replace(alpha=0)}
 COLOURS = {"2H3T": "#0072B2", "3H4T": "#D55E00", "4H5T": "#009E73", BIG: "#CC79A7"}
 
 
 def main():
     options = common.parse(__doc__, n_seeds=20)
     jobs = []
-    # Of 32 untrained heads, too many sets would have to be tried for what they hold.
-    keys = train.SETTINGS if options.quick else SETTINGS
+    # In a smoke run one setting will do; and of 32 untrained heads, too many sets would
+    # have to be tried for what they hold.
+    keys = list(train.SETTINGS)[:1] if options.is_smoke else SETTINGS
     for key in keys:
         for seed in options.seeds:
             for alpha in alphas_of(key):
@@ -40,7 +42,7 @@ def main():
                     {"key": key, "variant": variant, "seed": seed, "alpha": alpha}
                 )
             jobs.append({"key": key, "variant": FLOOR, "seed": seed})
-    rows = common.run("price", jobs, work, options)
+    rows = common.run("price", jobs, work, options, RECIPES)
     print("\n\n".join(tables_of(rows)))
     draw(options.out / "price.png", rows)
 
@@ -49,42 +51,53 @@ def alphas_of(key):
     return BIG_ALPHAS if key == BIG else ALPHAS
 
 
-def work(job, changes):
+def work(job, is_smoke):
     n_heads, n_trigrams = SETTINGS[job["key"]]
     seed = job["seed"]
-    toy, tokens, target = toy_of(job["key"], seed, changes.get("steps"))
+    toy, tokens, target = toy_of(job["key"], seed, is_smoke)
+    x = np.eye(target.shape[2])[tokens]
+    task = train.fresh_task(n_trigrams, seed, common.n_fresh(is_smoke))
     if job["variant"] == FLOOR:
-        return {"unexplained": floor(toy, tokens, target, seed, changes)}
-    recipe = {**train.RECIPE, "alpha": job["alpha"], **changes}
-    gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
-    verdict = train.verdict(gated, [toy], n_trigrams, seed, common.n_fresh(changes))
-    return common.kept_of(verdict)
+        recipe = train.shortened(RECIPES[FLOOR], is_smoke)
+        block = one_head_a_token(x, target, seed, recipe)
+        attn_out = train.written([block], task.tokens)
+        left = gatedref.unexplained(attn_out, train.written([toy], task.tokens))
+        return {"unexplained": left}
+
+    recipe = train.shortened(train.RECIPE._replace(alpha=job["alpha"]), is_smoke)
+    gated, _ = train.take_apart(x, target, n_heads, seed=seed, recipe=recipe)
+    return common.kept_of(train.verdict(train.writes([gated]), [toy], task))
 
 
 @lru_cache(maxsize=1)
-def toy_of(key, seed, n_steps=None):
+def toy_of(key, seed, is_smoke):
     """The toy of a seed, and what a gated block learns from; see `toy_and_record`."""
-    recipe = train.TOY if n_steps is None else {**train.TOY, "steps": n_steps}
-    return train.toy_and_record(*SETTINGS[key], seed, recipe)
+    recipe = train.shortened(train.TOY, is_smoke)
+    return train.toy_and_record(*SETTINGS[key], seed, recipe, is_smoke=is_smoke)
 
 
-def floor(toy, tokens, target, seed, changes):
-    """What is left unexplained by a block with one open head at each query token."""
-    V = target.shape[2]
-    recipe = {**train.RECIPE, "alpha": 0, **changes}
-    start = gatedref.init_params(V, V, recipe["d_head"], seed)
+def one_head_a_token(x, target, seed, recipe):
+    """A trained block of V heads, of which just one is open at each query token."""
+    V = x.shape[2]
     fixed = train.fixed_params(target, recipe)
     fixed["W_gate_Q"] = np.eye(V)[:, :, None]  # [H, V, G = 1]
     fixed["b_gate_Q"] = np.zeros((V, 1))
     fixed["W_gate_K"] = np.zeros((V, V, 1))
     fixed["b_gate_K"] = np.ones((V, 1))
+    variance = gatedref.variance_of(target)
     rng = np.random.default_rng([seed, 3])
-    objective = train.objective_of(tokens, target, fixed, recipe, rng)
-    params, _ = train.fit(objective, start, recipe)
-    n_trigrams = (V - 2) // 2
-    task = train.fresh_task(n_trigrams, seed, common.n_fresh(changes))
-    fresh = task["tokens"]
-    return train.unexplained({**params, **fixed}, fresh, train.written([toy], fresh))
+
+    def draw():
+        batch = rng.integers(len(x), size=recipe.batch)
+        return x[batch], target[batch]
+
+    def loss_of(layers, x, target):
+        loss, _ = train.loss_of_block(layers[0], fixed, x, target, variance, 0, recipe)
+        return loss
+
+    start = [gatedref.init_params(V, V, recipe.d_head, seed)]
+    layers = train.descend(loss_of, start, draw, recipe)
+    return {**layers[0], **fixed}
 
 
 def keys_of(rows):
@@ -130,7 +143,7 @@ def draw(path, rows):
                 places = [ALPHAS.index(alpha) for alpha in alphas_of(key)]
                 ax.plot(places, heights, "o-", color=COLOURS[key], label=key)
             ax.set_xticks(range(len(ALPHAS)), [f"{alpha:g}" for alpha in ALPHAS])
-            ax.axvline(ALPHAS.index(train.RECIPE["alpha"]), color="0.7", linestyle=":")
+            ax.axvline(ALPHAS.index(train.RECIPE.alpha), color="0.7", linestyle=":")
             ax.set(xlabel="alpha: strong to weak (dotted: default)", ylim=(0, 1.03))
         axes[0, 0].set_ylabel("part of the runs that come apart (up is good)")
         axes[0, 1].set_ylabel("mean share (up is good)")

@@ -36,11 +36,11 @@ def main():
         for variant in variants:
             for seed in options.seeds:
                 jobs.append({"key": key, "variant": variant, "seed": seed})
-    rows = common.run("published", jobs, work, options)
+    rows = common.run("published", jobs, work, options, train.RECIPE)
     print(*tables_of(rows))
 
 
-def work(job, changes):
+def work(job, is_smoke):
     setting, toy_name, gated_name = TOYS[job["key"]]
     n_heads, n_trigrams = train.SETTINGS[setting]
     seed = job["seed"]
@@ -49,10 +49,11 @@ def work(job, changes):
         gated = published(setting, gated_name)
     else:
         tokens, target = train.record([toy], n_trigrams, seed)
-        recipe = {**train.RECIPE, **changes}
-        gated, _ = train.take_apart(tokens, target, n_heads, seed=seed, recipe=recipe)
-    verdict = train.verdict(gated, [toy], n_trigrams, seed, common.n_fresh(changes))
-    return common.kept_of(verdict)
+        x = np.eye(target.shape[2])[tokens]
+        recipe = train.shortened(train.RECIPE, is_smoke)
+        gated, _ = train.take_apart(x, target, n_heads, seed=seed, recipe=recipe)
+    task = train.fresh_task(n_trigrams, seed, common.n_fresh(is_smoke))
+    return common.kept_of(train.verdict(train.writes([gated]), [toy], task))
 
 
 def published(key, which):

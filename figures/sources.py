@@ -31,22 +31,15 @@ import gatedref
 import train
 from figures import common
 
-VARIANTS = ("toy", "penalty", "no penalty", "penalty by query")
 COLOURS = {  # by how many heads a pair is held, at least
     "one head": "#332288",
     "two": "#88CCEE",
     "three or more": "#DDCC77",
     "wrong": "#BBBBBB",  # not even by all heads
 }
-RECIPE = {
-    "heads": 3,
-    "value_scale": 2.0,
-    "alpha": 0.1,
-    "steps": 1200,
-    "batch": 40,
-    "rate": 0.02,
-    "legs": train.RECIPE["legs"],
-}
+RECIPE = train.RECIPE._replace(
+    steps=1200, rate=0.02, expansion=3, d_head=1, d_gate=1, takeovers=False, alpha=0.1
+)
 N_HEADS = 4
 
 # Token 0 asks for the pair, 1 to 4 are signals, 5 to 11 noise, 12 to 21 name a pair.
@@ -60,26 +53,21 @@ def main():
     options = common.parse(__doc__, n_seeds=30)
     jobs = []
     for seed in options.seeds:
-        for variant in VARIANTS:
+        for variant in ("toy", *PENALTIES):
             jobs.append({"variant": variant, "seed": seed})
-    rows = common.run("sources", jobs, work, options)
+    rows = common.run("sources", jobs, work, options, RECIPE)
     print(*tables_of(rows))
     draw(options.out / "sources.png", rows)
 
 
-def work(job, changes):
+def work(job, is_smoke):
     seed, variant = job["seed"], job["variant"]
-    toy = toy_of(seed, changes.get("steps"))
-    recipe = {**RECIPE, **changes}
-    free = {**recipe, "alpha": 0}
+    toy = toy_of(seed, is_smoke)
     if variant == "toy":
         return judged(gatedref.attention, toy, toy, seed)
-    if variant == "penalty":
-        gated = gate_toy(toy, gatedref.lp_penalty, seed, recipe)
-    elif variant == "no penalty":
-        gated = gate_toy(toy, gatedref.lp_penalty, seed, free)
-    else:
-        gated = gate_toy(toy, penalty_by_query, seed, recipe)
+    penalty_of, alpha = PENALTIES[variant]
+    recipe = train.shortened(RECIPE._replace(alpha=alpha), is_smoke)
+    gated = gate_toy(toy, penalty_of, seed, recipe)
     return judged(gatedref.gated_attention, gated, toy, seed)
 
 
@@ -100,20 +88,21 @@ def sample_pairs(size, rng):
 
 
 @lru_cache(maxsize=1)
-def toy_of(seed, n_steps=None):
+def toy_of(seed, is_smoke):
     """A block that has learnt to name pairs at the last token."""
-    recipe = train.TOY if n_steps is None else {**train.TOY, "steps": n_steps}
+    recipe = train.shortened(train.TOY, is_smoke)
     rng = np.random.default_rng([seed, 5])
 
-    def objective(params):
-        x, answers = sample_pairs(recipe["batch"], rng)
-        attn_out = gatedref.attention(params, x)["attn_out"]
-        one_hot = np.eye(len(PAIRS))[answers]
-        loss = train.cross_entropy(attn_out[:, -1, NAMES:], one_hot)
-        return loss, {"loss": loss}
+    def draw():
+        return sample_pairs(recipe.batch, rng)
 
-    start = gatedref.init_params(N_HEADS, V, 1, seed)
-    toy, _ = train.fit(objective, start, recipe)
+    def loss_of(layers, x, answers):
+        attn_out = gatedref.attention(layers[0], x)["attn_out"]
+        one_hot = np.eye(len(PAIRS))[answers]
+        return train.cross_entropy(attn_out[:, -1, NAMES:], one_hot)
+
+    start = [gatedref.init_params(N_HEADS, V, 1, seed)]
+    (toy,) = train.descend(loss_of, start, draw, recipe)
     return toy
 
 
@@ -128,23 +117,24 @@ def gate_toy(toy, penalty_of, seed, recipe):
     rng = np.random.default_rng([seed, 6])
     x, _ = sample_pairs(5000, rng)
     target = target_of(toy, x)
-    variance = train.variance_of(target)
-    value_scale = recipe["value_scale"] * np.max(np.abs(target))
+    variance = gatedref.variance_of(target)
+    params, fixed = train.start_of(x, target, N_HEADS, seed, recipe)
+    params["b_gate_Q"] = params["b_gate_Q"] + 0.7  # the gates begin half open
+    params["b_gate_K"] = params["b_gate_K"] + 0.7
 
-    def objective(params):
-        x, _ = sample_pairs(recipe["batch"], rng)
-        scaled = {**params, "value_scale": value_scale}
-        block = gatedref.gated_attention(scaled, x, activation=train.reopening)
+    def draw():
+        x, _ = sample_pairs(recipe.batch, rng)
+        return (x,)
+
+    def loss_of(layers, x):
+        whole = {**layers[0], **fixed}
+        block = gatedref.gated_attention(whole, x, activation=recipe.activation)
         error = block["attn_out"][:, -1:] - target_of(toy, x)
         penalty = penalty_of(block["gate"])
-        loss = np.mean(error**2) / variance + recipe["alpha"] * penalty
-        return loss, {"loss": loss}
+        return np.mean(error**2) / variance + recipe.alpha * penalty
 
-    start = gatedref.init_params(recipe["heads"] * N_HEADS, V, 1, seed, d_gate=1)
-    start["b_gate_Q"] = start["b_gate_Q"] + 0.7  # the gates begin half open
-    start["b_gate_K"] = start["b_gate_K"] + 0.7
-    params, _ = train.fit(objective, start, recipe)
-    return {**params, "value_scale": value_scale}
+    (params,) = train.descend(loss_of, [params], draw, recipe)
+    return {**params, **fixed}
 
 
 def target_of(toy, x):
@@ -158,6 +148,13 @@ def penalty_by_query(gate):
     return gatedref.lp_penalty(np.repeat(mean, gate.shape[3], axis=3))
 
 
+# The penalty of each variant, and its alpha.
+PENALTIES = {
+    "penalty": (gatedref.lp_penalty, RECIPE.alpha),
+    "no penalty": (gatedref.lp_penalty, 0),
+    "penalty by query": (penalty_by_query, RECIPE.alpha),
+}
+
 # ---- What came out -------------------------------------------------------------------
 
 
@@ -168,11 +165,9 @@ def judged(attend, params, toy, seed):
     """
     x, answers = sample_pairs(5000, np.random.default_rng([seed, 7]))
     block = attend(params, x)
-    target = target_of(toy, x)
-    error = block["attn_out"][:, -1:] - target
-    unexplained = np.mean(error**2) / train.variance_of(target)
+    left = gatedref.unexplained(block["attn_out"][:, -1:], target_of(toy, x))
     kinds = kinds_of(block["result"][:, -1, :, NAMES:], answers)
-    return {"kinds": kinds, "unexplained": float(unexplained)}
+    return {"kinds": kinds, "unexplained": left}
 
 
 def kinds_of(result, answers):

@@ -9,6 +9,7 @@ are the places where spare heads may take over.
 
 import numpy as np
 
+import gatedref
 import train
 from figures import common
 
@@ -17,22 +18,26 @@ UNEXPLAINED, PENALTY = "#0072B2", "#D55E00"
 
 
 def main():
-    options = common.parse(__doc__, n_seeds=1)
+    options = common.parse(__doc__)
+    is_smoke = options.is_smoke
     n_heads, n_trigrams = train.SETTINGS[KEY]
-    recipe = {**train.RECIPE, **options.changes}
-    toy_recipe = {**train.TOY, **options.changes}
-    _, tokens, target = train.toy_and_record(n_heads, n_trigrams, SEED, toy_recipe)
+    recipe = train.shortened(train.RECIPE, is_smoke)
+    toy_recipe = train.shortened(train.TOY, is_smoke)
+    _, tokens, target = train.toy_and_record(
+        n_heads, n_trigrams, SEED, toy_recipe, is_smoke=is_smoke
+    )
     task = train.fresh_task(n_trigrams, SEED, 1000)
     frames = []  # (part of the steps, shares [H, n])
 
     def watch(done, gated):
         frames.append((done, shares_by_trigram(gated, task)))
 
+    x = np.eye(target.shape[2])[tokens]
     _, curves = train.take_apart(
-        tokens, target, n_heads, seed=SEED, recipe=recipe, watch=watch
+        x, target, n_heads, seed=SEED, recipe=recipe, watch=watch
     )
     smoothed = {}
-    for name in ("mse", "penalty"):
+    for name in ("unexplained", "penalty"):
         smoothed[name] = smooth([scalars[name] for scalars in curves])
     draw_curves(options.out / "training.png", smoothed, recipe)
     every_other = [*frames[:-1:2], frames[-1]]  # to keep the film small
@@ -42,13 +47,12 @@ def main():
 
 def shares_by_trigram(gated, task):
     """The mean share of each head in each trigram: [H, n]"""
-    at = task["answers"] >= 0
-    results, _ = train.results_where([gated], task["tokens"], at)
-    shares = train.shares_of(results)  # [N, H]
-    due = task["answers"][at]
-    return np.stack(
-        [np.mean(shares[due == answer], axis=0) for answer in np.unique(due)], 1
-    )
+    seen = train.observe(train.writes([gated]), task)
+    shares = gatedref.shares_of(seen.result)  # [N, H]
+    columns = []
+    for answer in np.unique(seen.answers):
+        columns.append(np.mean(shares[seen.answers == answer], axis=0))
+    return np.stack(columns, axis=1)
 
 
 def smooth(curve, width=20):
@@ -62,19 +66,20 @@ def smooth(curve, width=20):
 
 def plot_curves(ax, curves, recipe, n_steps):
     """Both curves over the first steps of a run."""
-    for number in range(1, len(recipe["legs"])):
-        place = recipe["steps"] * number / len(recipe["legs"])
+    n_legs = len(recipe.rate_factors)
+    for number in range(1, n_legs):
+        place = recipe.steps * number / n_legs
         label = "spare heads may take over" if number == 1 else None
         ax.axvline(place, color="0.6", linestyle=":", label=label)
-    ax.plot(curves["mse"][:n_steps], color=UNEXPLAINED, label="unexplained")
+    ax.plot(curves["unexplained"][:n_steps], color=UNEXPLAINED, label="unexplained")
     ax.plot(curves["penalty"][:n_steps], color=PENALTY, label="penalty")
     ax.set(xlabel="step", ylabel="median of the last 20 steps")
-    ax.set(yscale="log", xlim=(0, recipe["steps"]), ylim=(3e-3, 3))
+    ax.set(yscale="log", xlim=(0, recipe.steps), ylim=(3e-3, 3))
 
 
 def draw_curves(path, curves, recipe):
     with common.picture(path, f"{KEY} comes apart (seed {SEED})", 3, 1, 1) as axes:
-        plot_curves(axes[0, 0], curves, recipe, recipe["steps"])
+        plot_curves(axes[0, 0], curves, recipe, recipe.steps)
 
 
 def draw_film(path, frames, curves, recipe):
@@ -96,13 +101,14 @@ def draw_film(path, frames, curves, recipe):
             ax_heads.clear()
             ax_curves.clear()
             draw_shares(ax_heads, shares, order)
-            n_steps = round(done * recipe["steps"])
+            n_steps = round(done * recipe.steps)
             plot_curves(ax_curves, curves, recipe, n_steps)
             ax_curves.legend(loc="upper right")
-            figure.suptitle(f"{KEY} comes apart: step {n_steps} of {recipe['steps']}")
+            figure.suptitle(f"{KEY} comes apart: step {n_steps} of {recipe.steps}")
 
         film = FuncAnimation(figure, draw_frame, frames=len(frames) * 3 // 2)
-        film.save(path, writer=PillowWriter(fps=10), dpi=80)
+        with common.beside(path) as part:
+            film.save(part, writer=PillowWriter(fps=10), dpi=80)
 
 
 def draw_shares(ax, shares, order):
