@@ -2046,7 +2046,7 @@ def test_recipes_can_be_sent_to_another_process():
 
 def test_a_toy_learns_its_trigrams():
     toy = train.train_toy(2, 2, 0, train.TOY._replace(steps=400))
-    found = train.judge(train.writes(toy), train.skip_trigram_task(2, 1000, seed=1))
+    found = train.judge_on(train.writes(toy), train.skip_trigram_task(2, 1000, seed=1))
     assert found["answers"] == [3, 4]
     assert min(found["accuracy"]) > 0.99
 
@@ -2188,10 +2188,10 @@ def test_the_authors_gated_heads_fire_without_A_in_seven_trigrams_of_twelve():
 def test_a_block_that_holds_everything_but_answers_wrongly_is_not_apart():
     task = train.skip_trigram_task(3, 2000, seed=0)
     block = published("2H3T/gated")
-    assert gatedref.is_apart(train.judge(train.writes([block]), task))
+    assert gatedref.is_apart(train.judge_on(train.writes([block]), task))
 
     quiet = {**block, "value_scale": np.array(0.5)}  # the residual outweighs it
-    found = train.judge(train.writes([quiet]), task)
+    found = train.judge_on(train.writes([quiet]), task)
     assert found["holders"] == [[(1,)], [(0,)], [(3,)]]
     assert max(found["accuracy"]) == 0
     assert not gatedref.is_apart(found)
@@ -2344,7 +2344,7 @@ def test_handmade_superposition_is_shared_within_a_layer_or_across_two():
     ]
     task = train.fresh_task(3, 0)
     for kind, model in models:
-        row = layers.judged(model, [block, silent], task, least=0.99)
+        row = layers.row_of(model, [block, silent], task, least=0.99)
         assert row["kind"] == kind
         assert row["unexplained"] < 1e-20
         assert [len(sets[0]) for sets in row["holders"]] == [1, 2, 1]
@@ -2411,11 +2411,11 @@ def test_three_heads_that_overlap_cost_what_six_that_do_not_cost():
 
 
 def test_how_heads_share_queries_is_read_off_their_gates():
-    assert overlap.judged(OVERLAPPING, seed=0)["kind"] == "shared"
-    assert overlap.judged(DISJOINT, seed=0)["kind"] == "several a query"
-    assert overlap.judged(WIDE, seed=0)["kind"] == "one a query"
+    assert overlap.row_of(OVERLAPPING, seed=0)["kind"] == "shared"
+    assert overlap.row_of(DISJOINT, seed=0)["kind"] == "several a query"
+    assert overlap.row_of(WIDE, seed=0)["kind"] == "one a query"
     too_little = {**WIDE, "W_gate_K": 0.8 * WIDE["W_gate_K"]}
-    assert overlap.judged(too_little, seed=0)["kind"] == "wrong"
+    assert overlap.row_of(too_little, seed=0)["kind"] == "wrong"
     for gate, kind in ((0.1, "one a query"), (0.11, "shared")):  # above a tenth is open
         block = {**WIDE, "W_gate_Q": WIDE["W_gate_Q"].copy()}
         block["W_gate_Q"][0, 1] = gate
@@ -2536,7 +2536,7 @@ def test_a_pair_is_of_the_kind_of_the_fewest_heads_that_hold_it():
 
 def test_a_toy_that_stands_in_for_itself_leaves_nothing_unexplained():
     toy = gatedref.init_params(4, 22, 1)
-    row = sources.judged(gatedref.attention, toy, toy, seed=0)
+    row = sources.row_of(gatedref.attention, toy, toy, seed=0)
     assert row["unexplained"] == 0
     assert len(row["kinds"]) == 10
 

@@ -670,7 +670,7 @@ def toy_and_record(
 
 def shows_superposition(layers, task):
     """Whether a toy is right on each trigram, and at least one is distributed."""
-    found = judge(writes(layers), task)
+    found = judge_on(writes(layers), task)
     is_right = min(found["accuracy"]) > 0.998
     return is_right and [] in gatedref.singles(found["holders"])
 
@@ -758,7 +758,7 @@ def observe(write, task):
     return Seen(*[np.concatenate(arrays) for arrays in seen])
 
 
-def judge(write, task):
+def judge_on(write, task):
     """What `gatedref.judge` finds of a model on a task."""
     seen = observe(write, task)
     return gatedref.judge(seen.result, seen.output, seen.answers)
@@ -896,7 +896,7 @@ def run_setting(key, seed, is_smoke):
 
 def row_of(toy, gated, task):
     """What main.json says of a toy and its gated block."""
-    before = judge(writes([toy]), task)
+    before = judge_on(writes([toy]), task)
     after = verdict(writes([gated]), [toy], task)
     V = toy["W_Q"].shape[1]
     gate = gatedref.gated_attention(gated, np.eye(V)[None])["gate"][0]

@@ -40,7 +40,7 @@ def main():
 def work(job, is_smoke):
     n_heads, n_trigrams = train.SETTINGS[job["key"]]
     variant, seed = job["variant"], job["seed"]
-    toy, tokens, target = price.toy_of(job["key"], seed, is_smoke)
+    toy, tokens, target = price.recorded_toy(job["key"], seed, is_smoke)
     x = np.eye(target.shape[2])[tokens]
     if variant in TOP:
         recipe = train.shortened(train.RECIPE, is_smoke)

@@ -227,7 +227,7 @@ LOOK = {
 
 
 @contextlib.contextmanager
-def look():
+def plain_matplotlib():
     """Matplotlib with its own defaults, not the user's, and without a display."""
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
@@ -241,7 +241,7 @@ def look():
 @contextlib.contextmanager
 def picture(path, title, height, n_rows, n_columns, **options):
     """Hands out axes, n_rows by n_columns, with one legend, and saves them as PNG."""
-    with look():
+    with plain_matplotlib():
         from matplotlib.figure import Figure
 
         figure = Figure((8.5, height), layout="constrained")

@@ -79,10 +79,10 @@ def main():
 def work(job, is_smoke):
     _, n_trigrams, least = TOYS[job["key"]]
     seed, variant = job["seed"], job["variant"]
-    toy, n_drawn = toy_of(job["key"], seed, is_smoke)
+    toy, n_drawn = toy_across(job["key"], seed, is_smoke)
     task = train.fresh_task(n_trigrams, seed, common.n_fresh(is_smoke))
     if variant == TOY:
-        return {**judged(toy, toy, task, least), "drawn": n_drawn}
+        return {**row_of(toy, toy, task, least), "drawn": n_drawn}
 
     tokens, target = train.record(toy, n_trigrams, seed)
     if variant in BY_LAYER:
@@ -91,14 +91,14 @@ def work(job, is_smoke):
     else:
         recipe = train.shortened(RECIPES[variant], is_smoke)
         gated = gate_as_block(toy, tokens, target, seed, recipe)
-    return judged(gated, toy, task, least)
+    return row_of(gated, toy, task, least)
 
 
 # ---- The toy -------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
-def toy_of(key, seed, is_smoke):
+def toy_across(key, seed, is_smoke):
     """The layers of the first toy that is across, and how many toys were drawn for it.
 
     (In a smoke run any toy will do.)
@@ -109,12 +109,9 @@ def toy_of(key, seed, is_smoke):
     for n_drawn in itertools.count(1):
         toy_seed = train.seeds_of(seed, n_drawn).toy
         toy = train.train_toy(n_heads, n_trigrams, toy_seed, recipe, n_layers=2)
-        if is_smoke or kind_of(judge(toy, task), 2, least) == "across":
+        found = train.judge_on(train.writes(toy), task)
+        if is_smoke or kind_of(found, 2, least) == "across":
             return toy, n_drawn
-
-
-def judge(layers, task):
-    return train.judge(train.writes(layers), task)
 
 
 # ---- What is tried -------------------------------------------------------------------
@@ -186,9 +183,9 @@ BY_LAYER = {EACH_LAYER: by_layer, ONE_PENALTY: as_one}
 # ---- What came out -------------------------------------------------------------------
 
 
-def judged(layers, toy, task, least):
+def row_of(layers, toy, task, least):
     """The row of a toy, or of what takes its place, on fresh sequences."""
-    found = judge(layers, task)
+    found = train.judge_on(train.writes(layers), task)
     target = train.written(toy, task.tokens)
     attn_out = train.written(layers, task.tokens)
     return {

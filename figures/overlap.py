@@ -60,7 +60,7 @@ def work(job, is_smoke):
     d_head, takeovers = VARIANTS[job["variant"]]
     recipe = RECIPE._replace(d_head=d_head, takeovers=takeovers)
     params = train_block(job["seed"], train.shortened(recipe, is_smoke))
-    return judged(params, job["seed"])
+    return row_of(params, job["seed"])
 
 
 # ---- The task, and blocks that do it by hand -----------------------------------------
@@ -177,7 +177,7 @@ def write_map(params, head, _, wanted):
 # ---- What came out -------------------------------------------------------------------
 
 
-def judged(params, seed):
+def row_of(params, seed):
     """The row of a gated block, on 2,000 fresh sequences."""
     x, target = sample_copies(2000, np.random.default_rng([seed, 7]))
     attn_out = gatedref.gated_attention(params, x)["attn_out"]

@@ -54,7 +54,7 @@ def alphas_of(key):
 def work(job, is_smoke):
     n_heads, n_trigrams = SETTINGS[job["key"]]
     seed = job["seed"]
-    toy, tokens, target = toy_of(job["key"], seed, is_smoke)
+    toy, tokens, target = recorded_toy(job["key"], seed, is_smoke)
     x = np.eye(target.shape[2])[tokens]
     task = train.fresh_task(n_trigrams, seed, common.n_fresh(is_smoke))
     if job["variant"] == FLOOR:
@@ -70,7 +70,7 @@ def work(job, is_smoke):
 
 
 @lru_cache(maxsize=1)
-def toy_of(key, seed, is_smoke):
+def recorded_toy(key, seed, is_smoke):
     """The toy of a seed, and what a gated block learns from; see `toy_and_record`."""
     recipe = train.shortened(train.TOY, is_smoke)
     return train.toy_and_record(*SETTINGS[key], seed, recipe, is_smoke=is_smoke)

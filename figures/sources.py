@@ -64,11 +64,11 @@ def work(job, is_smoke):
     seed, variant = job["seed"], job["variant"]
     toy = toy_of(seed, is_smoke)
     if variant == "toy":
-        return judged(gatedref.attention, toy, toy, seed)
+        return row_of(gatedref.attention, toy, toy, seed)
     penalty_of, alpha = PENALTIES[variant]
     recipe = train.shortened(RECIPE._replace(alpha=alpha), is_smoke)
     gated = gate_toy(toy, penalty_of, seed, recipe)
-    return judged(gatedref.gated_attention, gated, toy, seed)
+    return row_of(gatedref.gated_attention, gated, toy, seed)
 
 
 # ---- The task, and a toy that learns it ----------------------------------------------
@@ -158,7 +158,7 @@ PENALTIES = {
 # ---- What came out -------------------------------------------------------------------
 
 
-def judged(attend, params, toy, seed):
+def row_of(attend, params, toy, seed):
     """The row of a toy or of a gated block, on 5,000 fresh sequences.
 
     attend: `attention` or `gated_attention`.

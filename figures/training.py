@@ -84,7 +84,7 @@ def draw_curves(path, curves, recipe):
 
 def draw_film(path, frames, curves, recipe):
     """The frames as a GIF; the last one stays for half as long as the rest takes."""
-    with common.look():
+    with common.plain_matplotlib():
         from matplotlib.animation import FuncAnimation, PillowWriter
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
