@@ -25,7 +25,7 @@ from autograd.tracer import getval
 
 import gatedref
 import train
-from figures import before_after, common, layers, overlap, sources
+from figures import before_after, common, layers, overlap, sources, wild
 from gatedref import BLOCK, GATED_BLOCK
 
 # Matplotlib 3.9 calls pyparsing by names that the newest pyparsing deprecates.
@@ -2539,6 +2539,75 @@ def test_a_toy_that_stands_in_for_itself_leaves_nothing_unexplained():
     row = sources.row_of(gatedref.attention, toy, toy, seed=0)
     assert row["unexplained"] == 0
     assert len(row["kinds"]) == 10
+
+
+# ---- In the wild: a word model -------------------------------------------------------
+
+
+def test_how_heads_share_what_is_written_is_measured_by_pair_and_by_word():
+    """Two heads, two positions, words 3 and 5: small enough to work out by hand."""
+    written = np.zeros((1, 2, 2, 2))  # [S, H, query, key]
+    written[0, :, 0, 0] = [4, 0]  # one head alone
+    written[0, :, 1, 0] = [3, 1]  # the same, but another helps
+    written[0, :, 1, 1] = [2, 2]  # both alike
+    total, largest, n_heads = wild.pair_sums(written)
+    assert (total, largest) == (12, 9)
+    assert n_heads == pytest.approx(4 * 1 + 4 * 16 / 10 + 4 * 2)
+
+    by_key = wild.by_word(written.sum(axis=2), np.array([[3, 5]]))
+    assert by_key.shape == (2, wild.V)
+    assert by_key[:, [3, 5]].tolist() == [[7, 2], [1, 2]]
+    assert by_key.sum() == 12
+    assert wild.effective_number(np.array([[1, 1, 0], [5, 0, 0]])) == pytest.approx(
+        [2, 1]
+    )
+    entropy = np.log(2) * 3 / 4  # of the shares 1/2, 1/4, 1/4, halved
+    rows = np.array([[2.0, 1, 1], [0, 4, 0], [0, 0, 0]])
+    assert wild.mean_number(rows) == pytest.approx((np.exp(2 * entropy) + 1) / 2)
+
+
+def test_a_head_is_as_harmful_as_the_loss_rises_without_it_on_the_word_that_comes():
+    W_U = np.eye(wild.D, wild.V)
+    tokens = np.array([[2, 7, 4]])
+    result = np.zeros((1, 3, 2, wild.D))  # [S, T, H, D]
+    result[0, 0, 0, 7] = 5  # before a 7 head 0 says 7
+    result[0, 1, 1, 9] = 5  # before a 4 head 1 says 9, and the loss falls without it
+    logits = result.sum(axis=2) @ W_U
+    losses = wild.losses_of(logits, tokens)
+    others = wild.V - 1
+    assert losses[0, 0] == pytest.approx(np.log(np.exp(5) + others) - 5)
+    rises = wild.rises_of(result, logits, W_U, tokens)
+    assert rises.shape == (2, wild.V)
+    assert rises[0, 7] == pytest.approx(np.log(wild.V) - losses[0, 0])
+    assert rises.sum() == pytest.approx(rises[0, 7])
+
+
+def test_a_block_in_the_place_of_the_models_own_recovers_all_and_silence_nothing():
+    model = wild.train_model(
+        2, 4, 0, wild.text_of().train, train.shortened(SHORT, True)
+    )
+    tokens = wild.text_of().held_out[:8]
+    block = wild.block_of(model)
+    seen = wild.observe(block, None, model, tokens)
+    measured = wild.measures_of(seen, model, tokens)
+    assert measured["unexplained"] == 0
+    assert measured["recovered"] == pytest.approx(1)
+
+    top = wild.run(block, 1, wild.stream_of(model, tokens))
+    assert ((top.result != 0).any(axis=3).sum(axis=2) == 1).all()
+    np.testing.assert_array_equal((top.weights.sum(axis=3) > 0).sum(axis=1), 1)
+
+
+def test_no_sequence_of_the_text_is_both_learnt_from_and_held_out(tmp_path):
+    text = wild.text_of()
+    learnt = set(map(tuple, text.train.tolist()))
+    assert not learnt & set(map(tuple, text.held_out.tolist()))
+    assert len(text.words) == wild.V
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\xff")
+    for name in ("short.txt", "latin.txt", "missing.txt"):
+        with pytest.raises(SystemExit, match=f"wild: .*{name}"):
+            wild.text_of(tmp_path / name)
 
 
 # ---- The scripts ---------------------------------------------------------------------

@@ -17,11 +17,12 @@ SCRATCH = FIGURES / "quick"  # smoke runs, runs of some seeds, and rows to go on
 # ---- Runs, and their rows ------------------------------------------------------------
 
 # seeds: a range. is_whole: all seeds of the page, so that its files are made anew.
-# is_smoke: a run of seconds, in which nothing is learnt. out: where files go.
-Options = namedtuple("Options", "seeds is_whole is_smoke out")
+# is_smoke: a run of seconds, in which nothing is learnt. out: where files go. text: a
+# file to read, or None.
+Options = namedtuple("Options", "seeds is_whole is_smoke out text", defaults=[None])
 
 
-def parse(question, n_seeds=None):
+def parse(question, n_seeds=None, *, reads_text=False):
     """The options of a script; n_seeds: how many seeds its page has, if it has any."""
     parser = argparse.ArgumentParser(
         description=question, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -30,19 +31,23 @@ def parse(question, n_seeds=None):
     if n_seeds is not None:
         parser.add_argument("--seeds", type=int, default=n_seeds, help="how many")
         parser.add_argument("--first", type=int, default=0, help="the first seed")
+    if reads_text:
+        parser.add_argument("--text", help="a text to read, in UTF-8")
     given = parser.parse_args()
+    text = given.text if reads_text else None
 
     first, count = 0, 1
     if n_seeds is not None:
         first, count = given.first, given.seeds
     if first < 0 or count < 1:
         parser.error("--seeds must be >= 1, and --first >= 0")
-    is_whole = first == 0 and count == (n_seeds or 1) and not given.quick
+    is_whole = first == 0 and count == (n_seeds or 1)
+    is_whole = is_whole and not given.quick and text is None
     if given.quick:
         count = 1
     out = FIGURES if is_whole else SCRATCH
     try_out(out)  # before hours are spent
-    return Options(range(first, first + count), is_whole, given.quick, out)
+    return Options(range(first, first + count), is_whole, given.quick, out, text)
 
 
 def run(name, jobs, work, options, recipes):
