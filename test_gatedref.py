@@ -52,10 +52,7 @@ def normal(axes, seed=0, sizes=SIZES):
 def normal_params(names=GATED_BLOCK, seed=0, sizes=SIZES, scale=0.3):
     """Parameters of a block: normal numbers times a scale."""
     rng = np.random.default_rng(seed)
-    params = {}
-    for name, axes in names.items():
-        params[name] = scale * normal(axes, rng, sizes)
-    return params
+    return {name: scale * normal(axes, rng, sizes) for name, axes in names.items()}
 
 
 def as_type(arrays, dtype):
@@ -79,7 +76,15 @@ def published(model):
 
 
 def assert_close(actual, expected, digits):
-    """Equal to so many digits of the largest entry; infinite at the same places."""
+    """Equal to so many digits of the largest entry; infinite at the same places.
+
+    Two dicts of arrays: of the largest entry of all of them.
+    """
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            assert np.shape(actual[name]) == np.shape(expected[name])
+        actual, expected = in_one(actual), in_one(expected)
     expected = np.asarray(expected)
     assert np.shape(actual) == expected.shape
     finite = expected[np.isfinite(expected)]
@@ -87,229 +92,225 @@ def assert_close(actual, expected, digits):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=allowed)
 
 
-def assert_all_close(actual, expected, digits):
-    """Equal to so many digits of the largest entry of all the arrays in two dicts."""
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert np.shape(actual[name]) == np.shape(expected[name])
-    assert_close(in_one(actual), in_one(expected), digits)
-
-
 def in_one(arrays):
     """All the numbers of a dict of arrays, one after another, sorted by name."""
     return np.concatenate([np.ravel(arrays[name]) for name in sorted(arrays)])
 
 
-# ---- The oracle: each formula as the sum that it is ----------------------------------
+def slopes(function, arrays, step=3e-6):
+    """The derivatives of a function of a dict of arrays, by central differences."""
+    found = {}
+    for name, array in arrays.items():
+        found[name] = np.zeros(np.shape(array))
+        for index in np.ndindex(np.shape(array)):
+            change = np.zeros(np.shape(array))
+            change[index] = step
+            above = function({**arrays, name: array + change})
+            below = function({**arrays, name: array - change})
+            found[name][index] = (above - below) / (2 * step)
+    return found
+
+
+# ---- Another implementation, for autograd, PyTorch and JAX ---------------------------
 #
-# `for b, t in np.ndindex(B, T)` stands for a loop over b in a loop over t.
+# It is source text, so that slips can be planted. `np` is the framework, `stop` takes a
+# number out of differentiation.
 
+PORT = """
+def clamp(scores):
+    return np.where(scores < 0, 0.0, np.where(scores > 1, 1.0, scores))
 
-def naive_block(params, x, activation=None):
-    """All stages of `attention`; of `gated_attention` where an activation is given."""
-    if activation is not None:
-        params = {**params, **naive_normalised(params)}
-    q = naive_linear(x, params["W_Q"], params["b_Q"])
-    k = naive_linear(x, params["W_K"], params["b_K"])
-    v = naive_linear(x, params["W_V"], params["b_V"])
-    attn_scores = naive_attn_scores(q, k)
-    pattern = naive_softmax(attn_scores)
-    stages = {"q": q, "k": k, "v": v, "attn_scores": attn_scores, "pattern": pattern}
+def power(base, exponent):
+    is_open = base > 0
+    return np.where(is_open, np.where(is_open, base, 1.0) ** exponent, 0.0)
 
-    weights = pattern
-    if activation is not None:
-        gate_stages = naive_gate(params, x, activation)
-        weights = gate_stages["gate"] * pattern
-        stages = {**stages, **gate_stages, "gated_pattern": weights}
+def root(squares):
+    return np.sqrt(np.where(squares > 1e-24, squares, 1e-24))
 
-    stages["z"] = naive_z(weights, v)
-    stages["result"] = naive_result(stages["z"], params["W_O"])
-    stages["attn_out"] = naive_sum_of_heads(stages["result"])
-    return stages
+def project(x, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V,
+            W_gate_Q, W_gate_K, b_gate_Q, b_gate_K, value_scale=None):
+    if value_scale is None:
+        norm = root((W_V**2).sum(1))
+        W_V = W_V / norm[:, None]
+    else:
+        norm = root((W_V**2).sum(1) + b_V**2) / value_scale
+        W_V = W_V / norm[:, None]
+        b_V = b_V / norm
+    W_O = W_O / root((W_O**2).sum(2))[:, :, None]
+    q = np.einsum("btd,hdk->bthk", x, W_Q) + b_Q
+    k = np.einsum("btd,hdk->bthk", x, W_K) + b_K
+    v = np.einsum("btd,hdk->bthk", x, W_V) + b_V
+    gate_q = np.einsum("btd,hdg->bthg", x, W_gate_Q) + b_gate_Q
+    gate_k = np.einsum("btd,hdg->bthg", x, W_gate_K) + b_gate_K
+    return q, k, v, W_O, gate_q, gate_k
 
-
-def naive_linear(x, W, bias):
-    B, T, D = x.shape
-    H, _, K = W.shape
-    out = np.zeros((B, T, H, K))
-    for b, t, h, k in np.ndindex(B, T, H, K):
-        out[b, t, h, k] = bias[h, k]
-        for d in range(D):
-            out[b, t, h, k] += x[b, t, d] * W[h, d, k]
-    return out
-
-
-def naive_products(q, k):
+def port(x, target, alpha, **params):
+    q, k, v, W_O, gate_q, gate_k = project(x, **params)
     B, T, H, K = q.shape
-    products = np.zeros((B, H, T, T))
-    for b, h, query, key in np.ndindex(B, H, T, T):
-        for i in range(K):
-            products[b, h, query, key] += q[b, query, h, i] * k[b, key, h, i]
-    return products
+    query, key = np.arange(T)[:, None], np.arange(T)
+    mask = query >= key
+    gate_scores = np.einsum("bqhg,bshg->bhqs", gate_q, gate_k)
+    gate = clamp(gate_scores)
+    attn_scores = np.einsum("bqhk,bshk->bhqs", q, k) / K**0.5
+    attn_scores = np.where(mask, attn_scores, -1e5)
+    largest = np.amax(attn_scores, -1, keepdims=True)
+    weights = np.exp(attn_scores - largest)
+    pattern = weights / weights.sum(-1, keepdims=True)
+    gated_pattern = gate * pattern
+    z = np.einsum("bhqs,bshk->bqhk", gated_pattern, v)
+    result = np.einsum("bqhk,hkd->bqhd", z, W_O)
+    attn_out = result.sum(2)
+    mse = ((attn_out - target) ** 2).mean()
+    powers = power(gate, 0.6).sum(1)
+    norms = power(powers, 1 / 0.6)
+    penalty = norms.mean()
+    loss = mse + alpha * penalty
+    return locals()
+"""
+
+# A kernel that never holds a whole pattern: it goes over tiles of queries and of keys,
+# and keeps for each query the largest score, the sum of the softmax's weights, and z.
+TILED = """
+def port(x, target, alpha, tile, **params):
+    q, k, v, W_O, gate_q, gate_k = project(x, **params)
+    B, T, H, K = q.shape
+    outputs = []
+    penalty = 0.0
+    for start in range(0, T, tile):
+        rows = np.arange(start, min(start + tile, T))
+        largest, total, z = -1e5, 0.0, 0.0
+        for key_start in range(0, T, tile):
+            columns = np.arange(key_start, min(key_start + tile, T))
+            is_ragged = key_start > 0 and len(columns) < tile  # for the slips
+            gate = np.einsum("bqhg,bshg->bhqs", gate_q[:, rows], gate_k[:, columns])
+            gate = clamp(gate)
+            norms = power(power(gate, 0.6).sum(1), 1 / 0.6)
+            penalty = penalty + norms.sum() / (B * T * T)
+            if key_start > start:
+                continue
+            scores = np.einsum("bqhk,bshk->bhqs", q[:, rows], k[:, columns]) / K**0.5
+            scores = np.where(rows[:, None] >= columns, scores, -1e5)
+            before = largest
+            largest = stop(np.maximum(before, scores.max(-1, keepdims=True)))
+            rescale = np.exp(before - largest)
+            weights = np.exp(scores - largest)
+            total = total * rescale + weights.sum(-1, keepdims=True)
+            values = v[:, columns]
+            z = z * rescale + np.einsum("bhqs,bshk->bhqk", gate * weights, values)
+        outputs.append(np.einsum("bhqk,hkd->bqd", z / total, W_O))
+    attn_out = np.concatenate(outputs, axis=1)
+    mse = ((attn_out - target) ** 2).mean()
+    loss = mse + alpha * penalty
+    return locals()
+"""
+
+ALL_CASES = list(gatedref.cases())
+CASES = {case.name: case for case in ALL_CASES}
+DENSE = CASES["dense"]
+SMALL_CASES = [case for case in ALL_CASES if case.x.shape[1] < 100]  # of few positions
+LONG_CASES = [case for case in ALL_CASES if case.x.shape[1] >= 100]
 
 
-def naive_attn_scores(q, k):
-    K = q.shape[3]
-    scores = naive_products(q, k) / math.sqrt(K)
-    for b, h, query, key in np.ndindex(scores.shape):
-        if key > query:
-            scores[b, h, query, key] = -math.inf
-    return scores
+def rounded(array):
+    """Rounded to the eight bits of bfloat16; the derivative is 1."""
+    mantissa, exponent = np.frexp(getval(array))
+    nearest = np.ldexp(np.round(256 * mantissa) / 256, exponent)
+    return array + (nearest - getval(array))
 
 
-def naive_softmax(scores):
-    B, H, T, _ = scores.shape
-    pattern = np.zeros((B, H, T, T))
-    for b, h, query in np.ndindex(B, H, T):
-        total = 0.0
-        for key in range(T):
-            total += math.exp(scores[b, h, query, key])
-        for key in range(T):
-            pattern[b, h, query, key] = math.exp(scores[b, h, query, key]) / total
-    return pattern
+def planted(source, right, wrong):
+    """A source text with a slip: the wrong text in place of the first right one."""
+    assert right in source
+    return source.replace(right, wrong, 1)
 
 
-def naive_gate(params, x, activation):
-    gate_q = naive_linear(x, params["W_gate_Q"], params["b_gate_Q"])
-    gate_k = naive_linear(x, params["W_gate_K"], params["b_gate_K"])
-    scores = naive_products(gate_q, gate_k)
-    gate = np.zeros(scores.shape)
-    for index in np.ndindex(scores.shape):
-        gate[index] = activation(scores[index])
-    return {"gate_q": gate_q, "gate_k": gate_k, "gate_scores": scores, "gate": gate}
+def results_of(source, case, dtype=np.float64, **options):
+    """All that the port in a source text makes of a case, gradients included."""
+    names = {"np": anp, "stop": getval, "rounded": rounded}
+    exec(source, names)  # noqa: S102
+    inputs = as_type({**case.params, "x": case.x}, dtype)
+    target, alpha = case.target.astype(dtype), dtype(case.alpha)
+
+    def objective(inputs):
+        stages = names["port"](target=target, alpha=alpha, **inputs, **options)
+        shown = {name: stages[name] for name in case.expected if name in stages}
+        return stages["loss"], shown
+
+    with np.errstate(all="ignore"):
+        grads, stages = grad_and_aux(objective)(inputs)
+    stages = {name: getval(array) for name, array in stages.items()}
+    return {**stages, "grads": grads}
 
 
-def naive_z(weights, v):
-    B, T, H, K = v.shape
-    z = np.zeros((B, T, H, K))
-    for b, query, h, k in np.ndindex(B, T, H, K):
-        for key in range(T):
-            z[b, query, h, k] += weights[b, h, query, key] * v[b, key, h, k]
-    return z
+def ends_of(got):
+    """All that many ports can show: outputs, losses and gradients."""
+    ends = ("attn_out", "mse", "penalty", "loss", "grads")
+    return {name: got[name] for name in ends}
 
 
-def naive_result(z, W_O):
-    B, T, H, K = z.shape
-    D = W_O.shape[2]
-    result = np.zeros((B, T, H, D))
-    for b, t, h, d in np.ndindex(B, T, H, D):
-        for k in range(K):
-            result[b, t, h, d] += z[b, t, h, k] * W_O[h, k, d]
-    return result
-
-
-def naive_sum_of_heads(result):
-    B, T, H, D = result.shape
-    attn_out = np.zeros((B, T, D))
-    for b, t, h, d in np.ndindex(B, T, H, D):
-        attn_out[b, t, d] += result[b, t, h, d]
-    return attn_out
-
-
-def naive_normalised(params):
-    W_V = params["W_V"].copy()
-    b_V = params["b_V"].copy()
-    W_O = params["W_O"].copy()
-    H, _, K = W_V.shape
-    for h, k in np.ndindex(H, K):
-        W_O[h, k, :] /= naive_norm(W_O[h, k, :])
-        if "value_scale" in params:
-            norm = naive_norm([*W_V[h, :, k], b_V[h, k]])
-            W_V[h, :, k] *= params["value_scale"] / norm
-            b_V[h, k] *= params["value_scale"] / norm
-        else:
-            W_V[h, :, k] /= naive_norm(W_V[h, :, k])
-    return {"W_V": W_V, "b_V": b_V, "W_O": W_O}
-
-
-def naive_norm(numbers):
-    squares = 0.0
-    for number in numbers:
-        squares += number**2
-    return max(math.sqrt(squares), 1e-12)
-
-
-def naive_clamp(score):
-    return min(max(score, 0.0), 1.0)
-
-
-def naive_penalty(gate, p):
-    B, H, T, _ = gate.shape
-    total = 0.0
-    for b, query, key in np.ndindex(B, T, T):
-        powers = 0.0
-        for h in range(H):
-            powers += gate[b, h, query, key] ** p
-        total += powers ** (1 / p)
-    return total / (B * T * T)
-
-
-def naive_loss(params, x, target, alpha, activation=naive_clamp, p=0.6):
-    block = naive_block(params, x, activation)
-    squares = 0.0
-    for index in np.ndindex(target.shape):
-        squares += (block["attn_out"][index] - target[index]) ** 2
-    mse = squares / target.size
-    penalty = naive_penalty(block["gate"], p)
-    return {"mse": mse, "penalty": penalty, "loss": mse + alpha * penalty}
-
-
-def slope(function, array, step=3e-6):
-    """The derivative of a function of an array, entry by entry: central differences."""
-    slopes = np.zeros(np.shape(array))
-    for index in np.ndindex(slopes.shape):
-        above = np.array(array, dtype=float)
-        below = np.array(array, dtype=float)
-        above[index] += step
-        below[index] -= step
-        slopes[index] = (function(above) - function(below)) / (2 * step)
-    return slopes
-
-
-def slopes_of_params(function, params):
-    """The derivatives of a function of a dict of arrays."""
-    slopes = {}
-    for name, array in params.items():
-
-        def function_of_one(changed, name=name):
-            return function({**params, name: changed})
-
-        slopes[name] = slope(function_of_one, array)
-    return slopes
+def first_wrong(case, got, **options):
+    """The stage that is named as the first wrong one; None where all is right."""
+    try:
+        gatedref.assert_matches(case, got, **options)
+    except AssertionError as wrong:
+        return re.match(r"\w+: ([\w/]+)", str(wrong))[1]
+    return None
 
 
 # ---- Attention and the gated block ---------------------------------------------------
 
 
+CLAMP = "np.where(scores < 0, 0.0, np.where(scores > 1, 1.0, scores))"
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.longdouble])
+@pytest.mark.parametrize("clamp", [CLAMP, "np.clip(scores, 0, 1)"])
+def test_every_stage_loss_and_gradient_is_that_of_another_implementation(clamp, dtype):
+    for case in ALL_CASES:
+        got = results_of(planted(PORT, CLAMP, clamp), case, dtype)
+        assert got["attn_out"].dtype == dtype
+        compared = gatedref.assert_matches(case, got)
+        is_free = [not np.isfinite(unit).all() for unit in case.unit.values()]
+        assert len(compared) == len(case.expected) - sum(is_free)
+
+
+def test_attention_is_a_gated_block_whose_gates_are_1():
+    params, x = normal_params(), normal("BTD", 1)
+    for name in ("W_gate_Q", "W_gate_K"):
+        params[name] = np.zeros_like(params[name])
+    params["b_gate_Q"] = np.ones((4, 7))
+    params["b_gate_K"] = np.full((4, 7), 1 / 7)
+    gated = gatedref.gated_attention({**params, "value_scale": 3}, x)
+    normalised = gatedref.normalised({**params, "value_scale": 3})
+    ungated = {name: normalised.get(name, params[name]) for name in BLOCK}
+    stages = gatedref.attention(ungated, x)
+    added = ["gate_q", "gate_k", "gate_scores", "gate", "gated_pattern"]
+    assert sorted(gated) == sorted([*stages, *added])
+    for name, array in stages.items():
+        assert_close(array, gated[name], digits=14)
+
+
 def sigmoid(scores):
-    """Another activation function, of one number or of an array."""
+    """Another activation function."""
     return 1 / (1 + anp.exp(-scores))
 
 
-def assert_same_stages(block, naive):
-    assert block.keys() == naive.keys()
-    for name in naive:
-        assert_close(block[name], naive[name], digits=13)
+OPTIONS = [
+    ("clamp(gate_scores)", "1 / (1 + np.exp(-gate_scores))", {"activation": sigmoid}),
+    ("0.6", "2.0", {"p": 2}),
+    ("0.6", "0.3", {"p": 0.3}),
+]
 
 
-def test_attention_equals_plain_loops_to_13_digits():
-    params = normal_params(BLOCK)
-    x = normal("BTD", 1)
-    assert_same_stages(gatedref.attention(params, x), naive_block(params, x))
-
-
-@pytest.mark.parametrize("d_gate", [1, 7])
-@pytest.mark.parametrize("value_scale", [{}, {"value_scale": 0.7}, {"value_scale": 30}])
-def test_a_gated_block_equals_plain_loops_to_13_digits(value_scale, d_gate):
-    params = normal_params(sizes={**SIZES, "G": d_gate})
-    params = {**params, **value_scale}
-    x = normal("BTD", 1)
-    naive = naive_block(params, x, naive_clamp)
-    assert_same_stages(gatedref.gated_attention(params, x), naive)
-    naive = naive_block(params, x, sigmoid)
-    block = gatedref.gated_attention(params, x, activation=sigmoid)
-    assert_same_stages(block, naive)
-    assert_same_stages(gatedref.normalised(params), naive_normalised(params))
+@pytest.mark.parametrize("right, wrong, options", OPTIONS)
+def test_the_loss_takes_another_activation_or_power(right, wrong, options):
+    got = results_of(PORT.replace(right, wrong), DENSE)
+    given = DENSE.params, DENSE.x, DENSE.target, DENSE.alpha
+    scalars, gradient = gatedref.loss_and_grad(*given, **options)
+    assert scalars == gatedref.loss(*given, **options)
+    assert_close(scalars, {name: got[name] for name in scalars}, digits=14)
+    del got["grads"]["x"]
+    assert_close(gradient, got["grads"], digits=13)
 
 
 def test_the_clamp_has_the_derivative_1_from_0_to_1_ends_included():
@@ -320,94 +321,15 @@ def test_the_clamp_has_the_derivative_1_from_0_to_1_ends_included():
     assert slopes.tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("length", [0, 1e-300, 0.99e-12, 1.01e-12, 1])
-@pytest.mark.parametrize("name, scale", [("W_V", None), ("W_V", 3), ("W_O", None)])
-def test_a_norm_of_1e_minus_12_or_less_counts_as_a_constant(name, scale, length):
-    params = normal_params(sizes={"H": 1, "D": 2, "K": 1, "G": 1})
-    if scale is not None:
-        params["b_V"] = np.zeros((1, 1))
-        params["value_scale"] = scale
-    direction = np.array([0.6, 0.8])
-    weights = np.array([2.0, 1.0])
-
-    def weighted(vector):
-        changed = {**params, name: vector.reshape(params[name].shape)}
-        unit = gatedref.normalised(changed)[name].reshape(2)
-        return anp.sum(weights * unit) / (scale or 1)
-
-    along = weights @ direction
-    expected = weights / 1e-12
-    if length > 1e-12:
-        expected = (weights - along * direction) / length
-    vector = length * direction
-    assert weighted(vector) == pytest.approx(along * length / max(length, 1e-12), 1e-13)
-    assert_close(grad(weighted)(vector), expected, digits=13)
-
-
-# ---- The penalty and the loss --------------------------------------------------------
+# ---- The penalty and the gradients ---------------------------------------------------
 
 
 def test_sharing_a_pair_costs_more_than_the_sum_of_its_parts():
-    alone = np.reshape([1, 0], (1, 2, 1, 1))
-    halves = np.reshape([0.5, 0.5], (1, 2, 1, 1))
-    both = np.reshape([1, 1], (1, 2, 1, 1))
-    assert gatedref.lp_penalty(alone) == 1
-    assert gatedref.lp_penalty(halves) == pytest.approx(1.5874, rel=1e-5)
-    assert gatedref.lp_penalty(both) == pytest.approx(3.1748, rel=1e-5)
-    assert gatedref.lp_penalty(alone, p=1) == 1
-    assert gatedref.lp_penalty(halves, p=1) == 1
-    assert gatedref.lp_penalty(both, p=1) == 2
-
-
-@pytest.mark.parametrize("p", [0.3, 0.6, 1, 2])
-def test_the_penalty_equals_plain_loops_to_14_digits(p):
-    gate = np.maximum(normal("BHTT"), 0)
-    assert_close(gatedref.lp_penalty(gate, p), naive_penalty(gate, p), digits=14)
-
-
-def test_the_loss_equals_plain_loops_to_13_digits():
-    params = normal_params()
-    x = normal("BTD", 1)
-    target = normal("BTD", 2)
-    naive = naive_loss(params, x, target, 0.3)
-    assert gatedref.loss(params, x, target, 0.3) == pytest.approx(naive, rel=1e-13)
-    params["value_scale"] = 5
-    naive = naive_loss(params, x, target, 0.3, sigmoid, 2)
-    options = {"activation": sigmoid, "p": 2}
-    loss = gatedref.loss(params, x, target, 0.3, **options)
-    assert loss == pytest.approx(naive, rel=1e-13)
-
-
-# ---- Gradients -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "value_scale, options",
-    [
-        ({}, {}),
-        ({"value_scale": 4}, {}),
-        ({}, {"activation": sigmoid}),
-        ({}, {"p": 0.5}),
-        ({"value_scale": 0.5}, {"p": 2}),
-    ],
-)
-def test_gradients_equal_central_differences_to_8_digits(value_scale, options):
-    params = {**normal_params(seed=48, sizes=SMALL, scale=0.7), **value_scale}
-    x = normal("BTD", 1, SMALL)
-    target = normal("BTD", 2, SMALL)
-    scores = gatedref.gated_attention(params, x)["gate_scores"]
-    assert distance_from_ends(scores).min() > 0.01
-
-    def loss_of_params(params):
-        return gatedref.loss(params, x, target, 0.3, **options)["loss"]
-
-    def loss_of_x(x):
-        return gatedref.loss(params, x, target, 0.3, **options)["loss"]
-
-    scalars, gradient = gatedref.loss_and_grad(params, x, target, 0.3, **options)
-    assert scalars == gatedref.loss(params, x, target, 0.3, **options)
-    assert_all_close(gradient, slopes_of_params(loss_of_params, params), digits=8)
-    assert_close(grad(loss_of_x)(x), slope(loss_of_x, x), digits=8)
+    costs = []
+    for gates in ([1, 0], [0.5, 0.5], [1, 1]):
+        pair = np.reshape(gates, (1, 2, 1, 1))
+        costs.append([gatedref.lp_penalty(pair), gatedref.lp_penalty(pair, p=1)])
+    assert_close(costs, [[1, 1], [1.5874, 1], [3.1748, 2]], digits=5)
 
 
 def distance_from_ends(gate_scores):
@@ -415,67 +337,47 @@ def distance_from_ends(gate_scores):
     return np.minimum(np.abs(gate_scores), np.abs(gate_scores - 1))
 
 
-def test_gradients_of_a_transformer_equal_central_differences_to_8_digits():
-    first = normal_params(BLOCK, 3, SMALL, 0.7)
-    second = normal_params(GATED_BLOCK, 4, SMALL, 0.7)
+@pytest.mark.parametrize("value_scale", [{}, {"value_scale": np.array(0.5)}])
+def test_gradients_equal_central_differences_to_8_digits(value_scale):
+    params = {**normal_params(seed=48, sizes=SMALL, scale=0.7), **value_scale}
+    x, target = normal("BTD", 1, SMALL), normal("BTD", 2, SMALL)
+    scores = gatedref.gated_attention(params, x)["gate_scores"]
+    assert distance_from_ends(scores).min() > 0.01
+    case = gatedref.make_case("own", params, x, target, 0.3)
+    gradient = {}
+    for name in [*params, "x"]:
+        gradient[name] = case.expected[f"grads/{name}"]
+
+    def objective(inputs):
+        block = {name: inputs[name] for name in params}
+        return gatedref.loss(block, inputs["x"], target, 0.3)["loss"]
+
+    assert_close(gradient, slopes(objective, {**params, "x": x}), digits=8)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_gradients_of_a_transformer_equal_central_differences_to_8_digits(number):
+    layers = [normal_params(names, 3, SMALL, 0.7) for names in (BLOCK, GATED_BLOCK)]
     weights = normal("BTD", 2, SMALL)
 
-    def score(first, second):
-        model = gatedref.transformer([first, second], [[0, 2, 1], [1, 0, 0]])
+    def score(params):
+        changed = [*layers[:number], params, *layers[number + 1 :]]
+        model = gatedref.transformer(changed, [[0, 2, 1], [1, 0, 0]])
         return anp.sum(model["logits"] * weights)
 
-    def score_of_first(params):
-        return score(params, second)
-
-    def score_of_second(params):
-        return score(first, params)
-
-    slopes = slopes_of_params(score_of_first, first)
-    assert_all_close(grad(score_of_first)(first), slopes, digits=8)
-    slopes = slopes_of_params(score_of_second, second)
-    assert_all_close(grad(score_of_second)(second), slopes, digits=8)
+    expected = slopes(score, layers[number])
+    assert_close(grad(score)(layers[number]), expected, digits=8)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.6, 1, 2])
-def test_a_closed_gate_has_no_gradient_and_an_open_one_has_its_own(p):
-    gate = np.maximum(normal("BHTT"), 0)
-    gate[0, :, 1, 2] = 0  # a pair on which every gate is closed
-    expected = np.zeros(gate.shape)
-    for b, h, query, key in np.ndindex(gate.shape):
-        if gate[b, h, query, key] > 0:
-            powers = np.sum(gate[b, :, query, key] ** p)
-            inner = gate[b, h, query, key] ** (p - 1)
-            expected[b, h, query, key] = powers ** (1 / p - 1) * inner / (2 * 3 * 3)
-    assert_close(grad(gatedref.lp_penalty)(gate, p), expected, digits=13)
-
-
-# ---- Types ---------------------------------------------------------------------------
-
-
-def test_float32_in_gives_float32_out():
-    params = as_type(normal_params(), np.float32)
-    params["value_scale"] = np.float64(0.7)
-    x = normal("BTD", 1).astype(np.float32)
-    alpha = np.float64(0.1)
+def test_float32_in_gives_float32_out_and_a_gradient_of_each_parameters_type():
+    params = {**as_type(normal_params(), np.float32), "value_scale": np.float64(0.7)}
+    x, p = normal("BTD", 1).astype(np.float32), np.float64(0.6)
     stages = gatedref.gated_attention(params, x)
-    scalars, gradient = gatedref.loss_and_grad(params, x, x, alpha, p=np.float64(0.6))
-    penalty = gatedref.lp_penalty(stages["gate"], np.float64(0.6))
-    for array in [*stages.values(), *scalars.values(), penalty]:
+    scalars, gradient = gatedref.loss_and_grad(params, x, x, alpha=p, p=p)
+    penalty = gatedref.lp_penalty(stages["gate"], p)
+    logits = gatedref.transformer([params], [[0, 4]])["logits"]
+    for array in [*stages.values(), *scalars.values(), penalty, logits]:
         assert array.dtype == np.float32
-    for name, array in params.items():
-        assert gradient[name].dtype == array.dtype
-
-    exact = as_type(params, np.float64)
-    right, right_gradient = gatedref.loss_and_grad(exact, x.astype(float), x, alpha)
-    assert_all_close(scalars, right, digits=5)
-    assert_all_close(gradient, right_gradient, digits=4)
-
-
-def test_each_gradient_has_the_type_of_its_parameter():
-    params = normal_params()
-    params["b_Q"] = params["b_Q"].astype(np.float32)
-    x = normal("BTD", 1)
-    _, gradient = gatedref.loss_and_grad(params, x, x, 0.1)
     for name, array in params.items():
         assert gradient[name].dtype == array.dtype
 
@@ -485,25 +387,23 @@ def test_lists_and_integers_are_computed_with_as_float64():
     x = np.round(normal("BTD", 1))
     as_lists = {name: array.tolist() for name, array in params.items()}
     right, gradient = gatedref.loss_and_grad(params, x, x, 2.0)
-    for given in (as_type(params, int), as_type(params, np.int8), as_lists):
+    for given in (as_type(params, np.int8), as_lists):
         scalars, found = gatedref.loss_and_grad(given, x.astype(int), x.tolist(), 2)
         assert scalars == right
-        assert_all_close(found, gradient, digits=16)
+        assert_close(found, gradient, digits=16)
 
 
 # ---- Models and a task ---------------------------------------------------------------
 
 
-def test_a_seed_makes_the_same_numbers_for_ever():
+def test_a_gated_block_has_the_weights_of_an_ungated_one_from_the_same_seed():
     block = gatedref.init_params(4, 5, 6, seed=3)
     gated = gatedref.init_params(4, 5, 6, seed=3, d_gate=2)
     assert list(gated) == list(GATED_BLOCK)
-    assert digest(block.values()) == "83fa7ad28f4befd6"
-    assert digest(gated[name] for name in BLOCK) == "83fa7ad28f4befd6"
+    assert digest(gated[name] for name in BLOCK) == digest(block.values())
+    assert digest(block.values()) != digest(gatedref.init_params(4, 5, 6).values())
     assert not gated["b_gate_Q"].any()
     assert not gated["b_gate_K"].any()
-    sample = gatedref.sample_skip_trigrams(3, 50, seed=3)
-    assert digest(sample) == "fddd98bc7b6bc4da"
 
 
 def test_weights_and_biases_are_xavier_normal_within_5_sigma():
@@ -527,21 +427,16 @@ def test_gate_weights_are_orthonormal_across_the_heads(n_heads, d_gate):
 
 
 def test_a_transformer_adds_each_layer_to_the_residual_stream():
-    layers = [normal_params(), normal_params(BLOCK, 1), normal_params(GATED_BLOCK, 2)]
-    layers[2]["value_scale"] = 2
+    first, second = {**normal_params(), "value_scale": 2}, normal_params(BLOCK, 1)
     tokens = np.array([[0, 4, 2], [1, 1, 3]], dtype=np.uint64)
-    model = gatedref.transformer(layers, tokens, activation=sigmoid)
+    model = gatedref.transformer([first, second], tokens, activation=sigmoid)
     residual = np.eye(5)[tokens]
-    for layer, block in zip(layers, model["blocks"], strict=True):
-        activation = sigmoid if "W_gate_Q" in layer else None
-        naive = naive_block(layer, residual, activation)
-        assert_close(block["attn_out"], naive["attn_out"], digits=12)
-        residual = residual + naive["attn_out"]
-    assert_close(model["logits"], residual, digits=13)
-
-    layers = [as_type(layer, np.float32) for layer in layers]
-    logits = gatedref.transformer(layers, tokens, activation=sigmoid)["logits"]
-    assert logits.dtype == np.float32
+    block = gatedref.gated_attention(first, residual, activation=sigmoid)
+    assert_close(model["blocks"][0]["result"], block["result"], digits=14)
+    residual = residual + block["attn_out"]
+    block = gatedref.attention(second, residual)
+    assert_close(model["blocks"][1]["result"], block["result"], digits=14)
+    assert_close(model["logits"], residual + block["attn_out"], digits=14)
 
 
 def free_draws(n, sequence):
@@ -563,44 +458,41 @@ def free_draws(n, sequence):
     return draws, completes
 
 
-@pytest.mark.parametrize("n, n_positions", [(1, 11), (3, 1), (3, 2), (10, 50)])
-def test_every_sequence_obeys_the_law(n, n_positions):
-    tokens, completes = gatedref.sample_skip_trigrams(n, 400, n_positions, seed=1)
-    assert tokens.shape == completes.shape == (400, n_positions)
+@pytest.mark.parametrize(
+    "n, S, T", [(1, 400, 11), (3, 5, 1), (3, 400, 2), (2, 20000, 11)]
+)
+def test_every_sequence_obeys_the_law_and_draws_are_uniform_within_5_sigma(n, S, T):
+    tokens, completes = gatedref.sample_skip_trigrams(n, S, T)
+    counts = np.zeros((2, 2 * n + 2))  # of draws by the law without an A, after an A
     for sequence, found in zip(tokens.tolist(), completes.tolist(), strict=True):
-        assert free_draws(n, sequence)[1] == found
-    if n_positions > 10:
+        draws, expected = free_draws(n, sequence)
+        assert found == expected
+        for is_armed, token in draws:
+            counts[int(is_armed), token] += 1
+    assert tokens.shape == completes.shape == (S, T)
+    assert counts[1, 0] == 0
+    for row in (counts[0], counts[1, 1:]):
+        sigma = math.sqrt(row.mean() * (1 - 1 / len(row)))
+        assert np.abs(row - row.mean()).max() <= 5 * sigma
+    if T == 11:
         assert completes[:, -1].any()
         assert completes.sum(axis=1).max() > 1
-
-
-def test_draws_are_uniform_and_without_A_once_it_is_there_within_5_sigma():
-    tokens, _ = gatedref.sample_skip_trigrams(2, 20000)
-    plain, armed = np.zeros(6), np.zeros(6)
-    for sequence in tokens.tolist():
-        for is_armed, token in free_draws(2, sequence)[0]:
-            counts = armed if is_armed else plain
-            counts[token] += 1
-    assert armed[0] == 0
-    for counts in (plain, armed[1:]):
-        expected = counts.mean()
-        sigma = math.sqrt(expected * (1 - 1 / len(counts)))
-        assert np.abs(counts - expected).max() < 5 * sigma
+        other, _ = gatedref.sample_skip_trigrams(n, S, seed=1)
+        assert (other != tokens).any()
 
 
 @pytest.mark.parametrize("n", [2, 5, 12])
 def test_two_handmade_heads_hold_the_first_and_last_trigram_and_share_the_others(n):
     tokens, completes = gatedref.sample_skip_trigrams(n, 2000)
     model = gatedref.transformer([gatedref.handmade_superposition(n)], tokens)
-    trigram = tokens[completes]
+    answers = tokens[completes] + n
     result = model["blocks"][0]["result"][completes]
-    assert (model["logits"][completes].argmax(axis=1) == trigram + n).all()
-    expected = [[(0, 1)]] * n
-    expected[0] = [(0,)]
-    expected[-1] = [(1,)]
-    for i in range(1, n + 1):
-        answers = np.full((trigram == i).sum(), i + n)
-        assert gatedref.holders(result[trigram == i], answers) == expected[i - 1]
+    assert (model["logits"][completes].argmax(axis=1) == answers).all()
+    found = []
+    for answer in range(n + 1, 2 * n + 1):
+        is_due = answers == answer
+        found.append(gatedref.holders(result[is_due], answers[is_due]))
+    assert found == [[(0,)], *[[(0, 1)]] * (n - 2), [(1,)]]
 
 
 # ---- Which heads hold an answer ------------------------------------------------------
@@ -611,9 +503,6 @@ def test_the_fewest_heads_that_keep_the_answer_whatever_else_is_removed_hold_it(
     assert gatedref.holders([[[0, 5], [0, 3], [1, 0]]], [1]) == [(0,), (1,)]
     # Head 1 outvotes head 0, but not heads 0 and 2 together.
     assert gatedref.holders([[[0, 5], [9, 0], [0, 5]]], [1]) == [(0, 2)]
-    # Any two of three.
-    sets = [(0, 1), (0, 2), (1, 2)]
-    assert gatedref.holders([[[0, 2], [0, 2], [0, 2], [3, 0]]], [1]) == sets
     # In a tie the first token is said, 0.
     assert gatedref.holders([[[1, 1], [0, 0]]], [1]) == []
     assert gatedref.holders([[[1, 1], [0, 0]]], [0]) == [(0,), (1,)]
@@ -623,34 +512,22 @@ def test_the_fewest_heads_that_keep_the_answer_whatever_else_is_removed_hold_it(
 
 def says(result, heads, factors):
     """The token that a sum of heads says, each head times a factor."""
-    total = [0] * len(result[0])
-    for head in heads:
-        for token, number in enumerate(result[head]):
-            total[token] += factors[head] * number
-    return total.index(max(total))
-
-
-def naive_holds(result, heads, answer):
-    """Whether heads hold the answer of one sequence: every larger set is tried."""
-    all_on = [1] * len(result)
-    for size in range(len(heads), len(result) + 1):
-        for larger in itertools.combinations(range(len(result)), size):
-            is_larger = set(heads) <= set(larger)
-            if is_larger and says(result, larger, all_on) != answer:
-                return False
-    return True
+    return sum(factors[head] * result[head] for head in heads).argmax()
 
 
 def naive_holders(results, answers, threshold):
-    n_heads = len(results[0])
-    for size in range(1, n_heads + 1):
+    """The smallest sets that hold: every set is tried, with every larger one."""
+    heads = range(len(results[0]))
+    sets = [s for n in heads for s in itertools.combinations(heads, n + 1)]
+    for size in heads:
         found = []
-        for heads in itertools.combinations(range(n_heads), size):
-            held = 0
+        for group in itertools.combinations(heads, size + 1):
+            larger = [s for s in sets if {*group} <= {*s}]
+            held = []
             for result, answer in zip(results, answers, strict=True):
-                held += naive_holds(result, heads, answer)
-            if held / len(results) > threshold:
-                found.append(heads)
+                held.append(all(says(result, s, [1] * 4) == answer for s in larger))
+            if np.mean(held) > threshold:
+                found.append(group)
         if found:
             return found
     return []
@@ -666,7 +543,7 @@ def test_holders_equal_every_set_tried_one_by_one(threshold):
             result[:, :n_favour, 1] += 3  # so many heads favour token 1
             answers = rng.choice([0, 1, 1, 1, 1, 2], size=4)
             found = gatedref.holders(result, answers, threshold)
-            assert found == naive_holders(result.tolist(), answers.tolist(), threshold)
+            assert found == naive_holders(result, answers, threshold)
             sizes.add(len(found[0]) if found else 0)
     assert sizes >= {0, 1, 2}
 
@@ -739,117 +616,23 @@ def test_the_authors_gated_blocks_leave_unexplained_what_they_did(gated, toy, sh
 def test_a_head_escapes_the_published_penalty_by_its_value_bias_but_not_value_scale():
     params = published("2H3T/gated")
     escaped = {**params, "b_V": params["b_V"] * 1000}
-    escaped["W_gate_Q"] = params["W_gate_Q"] / 1000
-    escaped["b_gate_Q"] = params["b_gate_Q"] / 1000
+    for name in ("W_gate_Q", "b_gate_Q"):
+        escaped[name] = params[name] / 1000
     tokens, _ = gatedref.sample_skip_trigrams(3, 1000)
-    x = np.eye(8)[tokens]
-    target = published_block("2H3T/toy", tokens)["attn_out"]
+    data = np.eye(8)[tokens], published_block("2H3T/toy", tokens)["attn_out"], 1
 
-    before = gatedref.loss(params, x, target, 1)
-    after = gatedref.loss(escaped, x, target, 1)
+    before = gatedref.loss(params, *data)
+    after = gatedref.loss(escaped, *data)
     assert before["penalty"] == pytest.approx(0.0155, rel=0.02)
     assert after["penalty"] == pytest.approx(before["penalty"] / 1000)
     assert after["mse"] == pytest.approx(before["mse"], rel=0.01)
 
-    before = gatedref.loss({**params, "value_scale": 20}, x, target, 1)
-    after = gatedref.loss({**escaped, "value_scale": 20}, x, target, 1)
+    before = gatedref.loss({**params, "value_scale": 20}, *data)
+    after = gatedref.loss({**escaped, "value_scale": 20}, *data)
     assert after["mse"] > 2.5 * before["mse"]
 
 
-# ---- The conformance kit: right blocks pass, wrong ones are caught where they err ----
-
-CASES = {case.name: case for case in gatedref.cases()}
-DENSE = CASES["dense"]
-# All that many ports can show: outputs, losses and gradients.
-ENDS = ("attn_out", "mse", "penalty", "loss", "grads")
-
-# Another implementation of the block, as source text, so that slips can be planted.
-PORT = """
-def clamp(scores):
-    return np.where(scores < 0, 0.0, np.where(scores > 1, 1.0, scores))
-
-def power(base, exponent):
-    is_open = base > 0
-    return np.where(is_open, np.where(is_open, base, 1.0) ** exponent, 0.0)
-
-def root(squares):
-    return np.sqrt(np.maximum(squares, 1e-24))
-
-def project(x, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V,
-            W_gate_Q, W_gate_K, b_gate_Q, b_gate_K, value_scale=None):
-    if value_scale is None:
-        norm = root((W_V**2).sum(1))
-        W_V = W_V / norm[:, None]
-    else:
-        norm = root((W_V**2).sum(1) + b_V**2) / value_scale
-        W_V = W_V / norm[:, None]
-        b_V = b_V / norm
-    W_O = W_O / root((W_O**2).sum(2))[:, :, None]
-    q = np.einsum("btd,hdk->bthk", x, W_Q) + b_Q
-    k = np.einsum("btd,hdk->bthk", x, W_K) + b_K
-    v = np.einsum("btd,hdk->bthk", x, W_V) + b_V
-    gate_q = np.einsum("btd,hdg->bthg", x, W_gate_Q) + b_gate_Q
-    gate_k = np.einsum("btd,hdg->bthg", x, W_gate_K) + b_gate_K
-    return q, k, v, W_O, gate_q, gate_k
-
-def port(x, target, alpha, **params):
-    q, k, v, W_O, gate_q, gate_k = project(x, **params)
-    B, T, H, K = q.shape
-    mask = np.tri(T)
-    gate_scores = np.einsum("bqhg,bshg->bhqs", gate_q, gate_k)
-    gate = clamp(gate_scores)
-    attn_scores = np.einsum("bqhk,bshk->bhqs", q, k) / K**0.5
-    attn_scores = np.where(mask, attn_scores, -1e5)
-    largest = attn_scores.max(-1, keepdims=True)
-    weights = np.exp(attn_scores - largest)
-    pattern = weights / weights.sum(-1, keepdims=True)
-    gated_pattern = gate * pattern
-    z = np.einsum("bhqs,bshk->bqhk", gated_pattern, v)
-    result = np.einsum("bqhk,hkd->bqhd", z, W_O)
-    attn_out = result.sum(2)
-    mse = ((attn_out - target) ** 2).mean()
-    powers = power(gate, 0.6).sum(1)
-    norms = power(powers, 1 / 0.6)
-    penalty = norms.mean()
-    loss = mse + alpha * penalty
-    return locals()
-"""
-
-# A kernel that never holds a whole pattern: it goes over tiles of queries and of keys,
-# and keeps for each query the largest score, the sum of the softmax's weights, and z.
-TILED = """
-def port(x, target, alpha, tile, **params):
-    q, k, v, W_O, gate_q, gate_k = project(x, **params)
-    B, T, H, K = q.shape
-    outputs = []
-    penalty = 0.0
-    for start in range(0, T, tile):
-        rows = np.arange(start, min(start + tile, T))
-        largest, total, z = -1e5, 0.0, 0.0
-        for key_start in range(0, T, tile):
-            columns = np.arange(key_start, min(key_start + tile, T))
-            is_ragged = key_start > 0 and len(columns) < tile  # for the slips
-            gate = np.einsum("bqhg,bshg->bhqs", gate_q[:, rows], gate_k[:, columns])
-            gate = clamp(gate)
-            norms = power(power(gate, 0.6).sum(1), 1 / 0.6)
-            penalty = penalty + norms.sum() / (B * T * T)
-            if key_start > start:
-                continue
-            scores = np.einsum("bqhk,bshk->bhqs", q[:, rows], k[:, columns]) / K**0.5
-            scores = np.where(rows[:, None] >= columns, scores, -1e5)
-            before = largest
-            largest = stop(np.maximum(before, scores.max(-1, keepdims=True)))
-            rescale = np.exp(before - largest)
-            weights = np.exp(scores - largest)
-            total = total * rescale + weights.sum(-1, keepdims=True)
-            values = v[:, columns]
-            z = z * rescale + np.einsum("bhqs,bshk->bhqk", gate * weights, values)
-        outputs.append(np.einsum("bhqk,hkd->bqd", z / total, W_O))
-    attn_out = np.concatenate(outputs, axis=1)
-    mse = ((attn_out - target) ** 2).mean()
-    loss = mse + alpha * penalty
-    return locals()
-"""
+# ---- The conformance kit: wrong blocks are caught where they err --------------------
 
 # The stage that is named, what a right block says, and what a wrong one says there.
 SLIPS = [
@@ -858,9 +641,9 @@ SLIPS = [
     ("gate_scores", "bqhg,bshg->bhqs", "bshg,bqhg->bhqs"),
     ("v", "x, W_V) + b_V", "x, W_V)"),
     ("v", "W_V = W_V / norm[:, None]", "W_V = W_V"),
-    ("v", "1e-24", "1e-16"),
-    ("attn_scores", "np.tri(T)", "np.tri(T, k=-1)"),
-    ("attn_scores", "np.tri(T)", "np.tri(T) - np.tri(T, k=-32)"),
+    ("v", "squares, 1e-24", "squares, 1e-16"),
+    ("attn_scores", "query >= key", "query > key"),
+    ("attn_scores", "query >= key", "(query >= key) & (query < key + 32)"),
     ("pattern", "attn_scores, -1e5", "attn_scores, -100"),
     ("pattern", "attn_scores - largest", "attn_scores"),
     ("pattern", "np.exp(attn_scores", "gate * np.exp(attn_scores"),
@@ -879,6 +662,16 @@ SLIPS = [
     ("grads/W_gate_Q", "power(gate, 0.6)", "(gate**0.6)"),
     ("grads/W_K", "gate * pattern", "gate * stop(pattern)"),
     ("grads/x", "x, W_Q)", "stop(x), W_Q)"),
+    # value_scale: not at all, on W_O instead, on b_V not, in the norm's derivative not.
+    ("v", "if value_scale is None", "if True"),
+    ("v", "+ b_V**2) / value_scale", "+ b_V**2)"),
+    ("v", "b_V = b_V / norm", "b_V = b_V"),
+    ("v", "(W_V**2).sum(1) + b_V**2", "(W_V**2).sum(1)"),
+    ("grads/W_V", "b_V = b_V / norm", "b_V = b_V / stop(norm)"),
+    ("grads/value_scale", "/ value_scale", "/ stop(value_scale)"),
+    # In bfloat16: the gate, the target.
+    ("gate", "clamp(gate_scores)", "rounded(clamp(gate_scores))"),
+    ("mse", "attn_out - target", "attn_out - rounded(target)"),
 ]
 
 TILE_SLIPS = [
@@ -899,181 +692,116 @@ TILE_SLIPS = [
 ]
 
 
-def planted(source, right, wrong):
-    """A source text with a slip: the wrong text in place of the first right one."""
-    assert right in source
-    return source.replace(right, wrong, 1)
-
-
-def results_of(source, case, dtype=np.float64, **options):
-    """All that the port in a source text makes of a case, gradients included."""
-    names = {"np": anp, "stop": getval}
-    exec(source, names)  # noqa: S102
-    inputs = as_type({**case.params, "x": case.x}, dtype)
-    target = case.target.astype(dtype)
-
-    def objective(inputs):
-        stages = names["port"](target=target, alpha=case.alpha, **inputs, **options)
-        shown = {name: stages[name] for name in case.expected if name in stages}
-        return stages["loss"], shown
-
-    with np.errstate(all="ignore"):
-        grads, stages = grad_and_aux(objective)(inputs)
-    stages = {name: getval(array) for name, array in stages.items()}
-    return {**stages, "grads": grads}
-
-
-def ends_of(got):
-    return {name: got[name] for name in ENDS}
-
-
-def first_wrong(case, got, **options):
-    """The stage that is named as the first wrong one; None where all is right."""
-    try:
-        gatedref.assert_matches(case, got, **options)
-    except AssertionError as wrong:
-        return re.match(r"\w+: ([\w/]+)", str(wrong))[1]
-    return None
-
-
-@pytest.mark.parametrize("value_scale", [None, 2.5])
-def test_a_right_block_passes_every_case_strictly(value_scale):
-    for case in gatedref.cases(value_scale):
-        assert case.params.get("value_scale") == value_scale
-        got = results_of(PORT, case)
-        compared, left_out = gatedref.assert_matches(case, got, strict=True)
-        assert len(compared) == 28 + (value_scale is not None)
-        assert left_out == []
-
-
 @pytest.mark.parametrize("stage, right, wrong", SLIPS)
 def test_a_slip_is_named_at_its_stage_and_fails_by_its_ends_alone(stage, right, wrong):
     source = planted(PORT, right, wrong)
-    named, named_by_ends = [], []
-    for case in CASES.values():
+    for case in [*SMALL_CASES, *LONG_CASES]:
         got = results_of(source, case)
-        named.append(first_wrong(case, got, strict=True))
-        named_by_ends.append(first_wrong(case, ends_of(got), strict=True))
-    named = [name for name in named if name is not None]
-    assert named[0] == stage
-    assert any(named_by_ends)
+        named = first_wrong(case, got)
+        if named is not None:
+            break
+    assert named == stage
+    assert first_wrong(case, ends_of(got)) is not None
 
 
-@pytest.mark.parametrize("tile", [16, 32, 64])
-def test_a_right_kernel_with_tiles_passes_every_case_strictly(tile):
-    for case in CASES.values():
-        got = ends_of(results_of(PORT + TILED, case, tile=tile))
-        gatedref.assert_matches(case, got, strict=True)
-
-
-@pytest.mark.parametrize("tile", [16, 32, 64])
+@pytest.mark.parametrize("tile", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("right, wrong", TILE_SLIPS)
 def test_a_slip_past_the_first_tile_fails_by_its_ends_alone(right, wrong, tile):
     source = planted(PORT + TILED, right, wrong)
-    named = []
-    for case in CASES.values():
+    for case in LONG_CASES:
         if case.x.shape[1] > tile:
             got = ends_of(results_of(source, case, tile=tile))
-            named.append(first_wrong(case, got))
-    assert any(named)
-
-
-def test_a_clamp_with_another_derivative_at_0_and_1_fails_only_when_strict():
-    right = "np.where(scores < 0, 0.0, np.where(scores > 1, 1.0, scores))"
-    source = planted(PORT, right, "np.clip(scores, 0, 1)")
-    for case in CASES.values():
-        assert first_wrong(case, results_of(source, case)) is None
-    edges = CASES["gate_edges"]
-    with pytest.raises(AssertionError, match="^gate_edges: grads/W_gate_Q"):
-        gatedref.assert_matches(edges, results_of(source, edges), strict=True)
-
-
-def test_a_block_without_value_scale_fails_the_cases_that_have_it():
-    for case in gatedref.cases(value_scale=2.5):
-        params = {name: case.params[name] for name in GATED_BLOCK}
-        got = results_of(PORT, case._replace(params=params))
-        assert first_wrong(case, got) == "v"
+            if first_wrong(case, got) is not None:
+                return
+    # Only `many_tiles` is that long, and it has one head.
+    assert (wrong[-3:], tile) == ("-1]", 256)
 
 
 # ---- The cases -----------------------------------------------------------------------
 
-
-def inputs_of(case):
-    return [*case.params.values(), case.x, case.target, np.array(case.alpha)]
-
-
-def is_exact_in_bfloat16(array):
-    mantissa, _ = np.frexp(array)
-    return (mantissa * 2**8 % 1 == 0).all()
-
-
-def test_the_cases_are_the_same_for_ever_and_exact_in_bfloat16():
-    arrays = []
-    for case in CASES.values():
-        arrays += inputs_of(case)
-    assert digest(arrays) == "86f8c13f33052739"
-    for array in arrays:
-        assert is_exact_in_bfloat16(array)
-
-
-def test_no_rounding_flips_a_clamp():
-    for case in CASES.values():
-        distance = distance_from_ends(case.expected["gate_scores"])
-        if case.name == "gate_edges":
-            assert (distance == 0).mean() > 0.2
-        else:
-            assert distance.min() >= 1 / 256
-
-
-@pytest.mark.parametrize("name", ["tiles", "many_tiles"])
-def test_in_cases_of_several_tiles_a_third_of_the_gates_or_so_are_between_0_and_1(name):
-    gate = CASES[name].expected["gate"]
-    is_inside = (gate > 0) & (gate < 1)
-    assert 0.25 < is_inside.mean() < 0.45
-
-
-def test_the_cases_raise_no_floating_point_error():
-    with np.errstate(all="raise"):
-        plain = list(gatedref.cases())
-        scaled = list(gatedref.cases(2.5))
-    assert len(plain) == len(scaled) == 12
-
-
 RANDOM_SIZES = [
     {"B": 2, "T": 9, "H": 3, "D": 4, "K": 2, "G": 2},
-    {"B": 1, "T": 40, "H": 2, "D": 12, "K": 5, "G": 8},
+    {"B": 1, "T": 40, "H": 2, "D": 300, "K": 5, "G": 8},
     {"B": 1, "T": 1, "H": 1, "D": 1, "K": 1, "G": 1},
 ]
 
 
+def inputs_of(case):
+    inputs = {"x": case.x, "target": case.target, "alpha": np.array(case.alpha)}
+    return {**case.params, **inputs}
+
+
+def is_exact(array, bits):
+    mantissa, _ = np.frexp(array)
+    return (mantissa * 2**bits % 1 == 0).all()
+
+
+def test_the_cases_are_the_same_for_ever_and_exact_in_bfloat16_or_float32():
+    with np.errstate(all="raise"):
+        again = list(gatedref.cases())
+    inputs = [inputs_of(case).values() for case in again]
+    assert digest(itertools.chain(*inputs)) == "18dd6bcd733a6a4c"
+    for case, arrays in zip(again, inputs, strict=True):
+        is_inexact = case.name.startswith("dense")
+        assert any(is_exact(array, bits=8) for array in arrays) != is_inexact
+        assert all(is_exact(array, bits=24) for array in arrays)
+
+
+def test_every_gradient_that_should_not_be_0_is_not():
+    for case in ALL_CASES:
+        dead = ["b_K"]  # which adds the same to all scores of a query
+        if case.name.startswith("one_position"):
+            dead = ["W_Q", "W_K", "b_Q", "b_K"]
+        for name in {*case.params, "x"} - {*dead}:
+            largest = np.abs(case.expected[f"grads/{name}"]).max()
+            assert largest > 1e-3 * case.unit["grads/b_Q"]
+
+
+def test_no_rounding_flips_a_clamp_but_in_gate_edges_many_scores_are_0_or_1():
+    for case in ALL_CASES:
+        scores = case.expected["gate_scores"]
+        assert ((scores > 0) & (scores < 1)).mean() > 0.1
+        if case.name.startswith("gate_edges"):
+            assert min((scores == 0).mean(), (scores == 1).mean()) > 0.1
+        else:
+            assert distance_from_ends(scores).min() >= 1 / 512
+
+
 @pytest.mark.parametrize("sizes", RANDOM_SIZES)
-@pytest.mark.parametrize("value_scale", [None, 0.5])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed, value_scale", [(0, None), (1, 0.5)])
 def test_a_right_block_passes_random_cases_in_float32_too(seed, value_scale, sizes):
     case = gatedref.random_case(seed, **sizes, value_scale=value_scale)
-    again = gatedref.random_case(seed, **sizes, value_scale=value_scale)
-    other = gatedref.random_case(seed + 2, **sizes, value_scale=value_scale)
-    assert digest(inputs_of(case)) == digest(inputs_of(again))
-    assert digest(inputs_of(case)) != digest(inputs_of(other))
+    inputs = inputs_of(case)
+    assert inputs.get("value_scale") == value_scale
+    assert all(is_exact(array, bits=8) for array in inputs.values())
     assert case.expected["gate"].shape == tuple(sizes[axis] for axis in "BHTT")
-    assert case.params.get("value_scale") == value_scale
-    assert all(is_exact_in_bfloat16(array) for array in inputs_of(case))
-    assert distance_from_ends(case.expected["gate_scores"]).min() > 1e-4
-    gatedref.assert_matches(case, results_of(PORT, case), strict=True)
-    single = results_of(PORT, case, np.float32)
-    assert single["attn_out"].dtype == np.float32
-    gatedref.assert_matches(case, single, strict=True)
+    assert distance_from_ends(case.expected["gate_scores"]).min() > 1e-5
+    assert np.abs(case.expected["q"]).max() < 9
+    for dtype in (np.float64, np.float32):
+        gatedref.assert_matches(case, results_of(PORT, case, dtype))
+    other = gatedref.random_case(seed + 2, **sizes, value_scale=value_scale)
+    assert digest(inputs_of(other).values()) != digest(inputs.values())
 
 
-def test_a_case_can_be_made_of_arrays_of_ones_own():
-    params = {**normal_params(), "value_scale": 1.5}
-    x = normal("BTD", 1)
-    target = normal("BTD", 2)
+def test_a_case_can_be_made_from_your_own_arrays_and_nothing_moves_it():
+    params = as_type({**normal_params(), "value_scale": 1.5}, np.float32)
+    x, target = normal("BTD", 1).astype(np.float32), normal("BTD", 2)
     case = gatedref.make_case("own", params, x, target, 0.3)
-    assert case.name == "own"
-    loss = gatedref.loss(params, x, target, 0.3)["loss"]
-    assert case.expected["loss"] == loss
+    expected = gatedref.gated_attention(as_type(params, float), x.astype(float))
+    for mine in (x, target, *params.values()):
+        mine += 1
+    for name, array in expected.items():
+        np.testing.assert_array_equal(case.expected[name], array)
     gatedref.assert_matches(case, results_of(PORT, case), rtol=1e-12)
+    arrays = [*case.params.values(), case.x, case.target]
+    for array in [*arrays, *case.expected.values(), *case.unit.values()]:
+        assert not array.flags.writeable
+
+
+def test_a_case_is_a_case_in_another_process_and_after_a_reload():
+    case = pickle.loads(pickle.dumps(DENSE))
+    module = importlib.reload(gatedref)
+    assert module.assert_matches(case, {"z": case.expected["z"]}) == ["z"]
 
 
 # ---- What assert_matches says --------------------------------------------------------
@@ -1085,207 +813,166 @@ def message_of(case, got, **options):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_tolerance_is_64_eps_of_the_type_given_or_rtol(dtype):
-    expected = DENSE.expected["attn_out"]
-    eps = float(np.finfo(dtype).eps)
-    unit = eps * np.abs(expected).max()
-    right = (expected + 62 * unit).astype(dtype)
-    wrong = (expected + 66 * unit).astype(dtype)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.longdouble])
+def test_the_tolerance_is_64_eps_of_the_type_but_no_less_than_of_float64_or_rtol(dtype):
+    eps = max(float(np.finfo(dtype).eps), float(np.finfo(float).eps))
+    expected = DENSE.expected["attn_out"].astype(dtype)
+    unit = dtype(eps * np.abs(DENSE.expected["attn_out"]).max())
+    right, wrong = expected + 62 * unit, expected - 66 * unit
     gatedref.assert_matches(DENSE, {"attn_out": right})
-    assert first_wrong(DENSE, {"attn_out": wrong}) == "attn_out"
     gatedref.assert_matches(DENSE, {"attn_out": wrong}, rtol=70 * eps)
-    message_of(DENSE, {"attn_out": right}, rtol=60 * eps)
+    assert first_wrong(DENSE, {"attn_out": wrong}) == "attn_out"
+    assert first_wrong(DENSE, {"attn_out": right}, rtol=60 * eps) == "attn_out"
 
 
 def test_the_message_says_what_where_by_how_much_and_what_else():
-    got = results_of(planted(PORT, "x, W_V) + b_V", "x, W_V)"), DENSE)
-    expected = DENSE.expected["v"]
-    off = np.abs(got["v"] - expected)
+    got = results_of(planted(PORT, "W_V) + b_V", "W_V)"), DENSE)
+    off = np.abs(got["v"] - DENSE.expected["v"])
     at = np.unravel_index(off.argmax(), off.shape)
-    index = [int(i) for i in at]
-    wrong, right = got["v"][at], expected[at]
-    numbers = f"{wrong:.17g}, should be {right:.17g}, off by {off[at]:.3g}"
+    found, right = got["v"][at], DENSE.expected["v"][at]
     message = message_of(DENSE, got)
-    assert message.startswith(f"dense: v{index} is {numbers}, ")
-    others = "z, result, attn_out, mse, loss, grads/W_O, grads/W_V, grads/b_V"
-    assert f". These differ too: {others}, grads/W_gate_Q" in message
-
-
-@pytest.mark.parametrize("wrong", ["value", "NaN", "shape", "None"])
-def test_the_first_wrong_stage_is_named_in_whatever_way_it_is_wrong(wrong):
-    v = DENSE.expected["v"]
-    wrong_v = {"value": 2 * v, "NaN": NAN * v, "shape": v[:, :1], "None": None}[wrong]
-    grads = {"W_O": DENSE.expected["grads"]["W_O"] * NAN}
-    message = message_of(DENSE, {"loss": INF, "grads": grads, "v": wrong_v})
-    assert re.match(r"dense: v\b", message)
-    assert message.endswith(". These differ too: loss, grads/W_O")
+    assert message.startswith(f"dense: v{[int(i) for i in at]} is {found:.17g}")
+    for told in (f"{right:.17g}", f"{off[at]:.3g}", "1.4e-14", "float64"):
+        assert told in message
+    others = message.split(": ")[-1].split(", ")
+    assert others[:6] == ["z", "result", "attn_out", "mse", "loss", "grads/W_O"]
+    assert "norm" not in message
 
 
 def test_gradients_are_told_in_the_order_of_a_backward_pass():
-    case = next(gatedref.cases(value_scale=1))
-    grads = {name: array + 9 for name, array in case.expected["grads"].items()}
-    in_another_order = {name: grads[name] for name in sorted(grads)}
-    message = message_of(case, {"grads": in_another_order})
-    found = re.findall(r"grads/(\w+)", message)
-    assert found[:4] == ["W_O", "W_V", "b_V", "value_scale"]
-    assert found[4:8] == ["W_gate_Q", "b_gate_Q", "W_gate_K", "b_gate_K"]
-    assert found[8:] == ["W_K", "b_K", "W_Q", "b_Q", "x"]
+    case = CASES["dense_scaled"]
+    assert {*gatedref.BACKWARD} == {*case.params, "x"}
+    order = [f"grads/{name}" for name in gatedref.BACKWARD]
+    got = {name: case.expected[name] + 9 for name in sorted(order)}
+    assert re.findall(r"grads/\w+", message_of(case, got)) == order
 
 
-def test_a_zero_column_whose_gradient_is_huge_hides_no_other_gradient():
-    case = CASES["tiny_norms"]
-    grads = case.expected["grads"]
-    assert np.abs(grads["W_V"]).max() > 1e9
-    for name, gradient in grads.items():
-        wrong = {"grads": {name: gradient + 1e-6}}
-        assert first_wrong(case, wrong) == f"grads/{name}"
+@pytest.mark.parametrize("name", ["grads/W_V", "grads/W_O", "grads/b_V"])
+def test_a_zero_column_whose_gradient_is_huge_is_weighted_and_hides_no_other(name):
+    case = CASES["tiny_norms_scaled"]
+    gradient, unit = case.expected[name], case.unit[name]
+    assert unit.max() > 1e9 * unit.min()
+    assert np.abs(gradient / unit).max() <= 1
+    assert "norm" in message_of(case, {name: gradient + 2e-14 * unit})
+    gatedref.assert_matches(case, {name: gradient + 1e-14 * unit})
+    for other in gatedref.BACKWARD:
+        wrong = case.expected[f"grads/{other}"] + 1e-6
+        assert first_wrong(case, {"grads": {other: wrong}}) == f"grads/{other}"
 
 
 @pytest.mark.parametrize("filler", [-1e5, 0.0, -INF, NAN])
 def test_masked_scores_may_be_anything(filler):
-    scores = np.where(np.tri(5), DENSE.expected["attn_scores"], filler)
+    expected = DENSE.expected["attn_scores"]
+    scores = np.where(np.isinf(expected), filler, expected)
     gatedref.assert_matches(DENSE, {"attn_scores": scores})
 
 
-def test_not_a_number_hints_at_its_cause():
-    for name in ("attn_scores", "pattern"):
-        array = DENSE.expected[name].copy()
-        array[1, 2, 3, 0] = NAN
-        message = message_of(DENSE, {name: array})
-        assert message == f"dense: {name}[1, 2, 3, 0] is nan, should be finite"
-        array[1, 2, 3] = NAN
-        message = message_of(DENSE, {name: array})
-        assert message.endswith("does the mask leave this query no key at all?")
+ROOT_OF_NORM = "np.sqrt(np.where(squares > 1e-24, squares, 1e-24))"
+MASKED = "np.where(mask, attn_scores, -1e5)"
+UNSEEN = "np.where(query > key, attn_scores, -np.inf)"
+HINTS = [
+    ("gate_edges", "power(gate, 0.6)", "(gate**0.6)", "grads/W_gate_Q", "penalty"),
+    ("tiny_norms", ROOT_OF_NORM, "squares**0.5", "v", "0/0.*W_V"),
+    ("tiny_norms", ROOT_OF_NORM, "(1e-24 + squares - squares)**0.5", "v", "should"),
+    (
+        "tiny_norms",
+        ROOT_OF_NORM,
+        "np.maximum(squares**0.5, 1e-12)",
+        "grads/W_O",
+        "root",
+    ),
+    ("dense", MASKED, "attn_scores + (1 - mask) * -np.inf", "attn_scores", "-inf"),
+    ("dense", MASKED, UNSEEN, "attn_scores", "no key"),
+    ("dense", "W_V) + b_V", "W_V) + np.inf", "v", "finite$"),
+]
 
+
+@pytest.mark.parametrize("name, right, wrong, stage, hint", HINTS)
+def test_not_a_number_hints_at_its_cause_if_that_is_known(
+    name, right, wrong, stage, hint
+):
+    got = results_of(planted(PORT, right, wrong), CASES[name])
+    message = message_of(CASES[name], got).split(". These")[0]
+    assert re.match(rf"{name}: {stage}\[.*{hint}", message)
+
+
+def test_comparing_nothing_is_an_error_and_what_is_free_must_still_be_finite():
     edges = CASES["gate_edges"]
-    got = results_of(planted(PORT, "power(gate, 0.6)", "(gate**0.6)"), edges)
-    message = message_of(edges, got)
-    assert message.startswith("gate_edges: grads/W_gate_Q[")
-    assert "is it the power in the penalty" in message
-
-
-def test_comparing_nothing_is_an_error():
-    edges = CASES["gate_edges"]
-    for got in ({"grads": {"x": np.zeros(3)}}, {"grads": {}}, {}, None, "loss"):
+    x = edges.expected["grads/x"]
+    for got in ({"grads": {"x": 2 * x}}, {"grads": {}}, {}):
         with pytest.raises(ValueError, match="^gate_edges: got must "):
             gatedref.assert_matches(edges, got)
-
-
-def test_what_was_compared_and_what_was_left_out_is_returned():
-    edges = CASES["gate_edges"]
-    grads = edges.expected["grads"]
-    got = {"grads": {"x": grads["x"], "W_O": grads["W_O"]}, "v": edges.expected["v"]}
-    assert gatedref.assert_matches(edges, got) == (["v", "grads/W_O"], ["grads/x"])
-    compared = ["v", "grads/W_O", "grads/x"]
-    assert gatedref.assert_matches(edges, got, strict=True) == (compared, [])
-    _, left_out = gatedref.assert_matches(edges, edges.expected)
-    of_gate = ["W_gate_Q", "W_gate_K", "b_gate_Q", "b_gate_K"]
-    assert set(left_out) == {f"grads/{name}" for name in ["x", *of_gate]}
+    got = {"grads": {"x": 2 * x}, "v": edges.expected["v"]}
+    assert gatedref.assert_matches(edges, got) == ["v"]
+    for wrong in (None, x[:1], x * NAN):
+        assert first_wrong(edges, {"grads": {"x": wrong}}) == "grads/x"
 
 
 def test_misuse_of_assert_matches_is_refused():
     for got in ({"los": 1.0}, {1: 1.0}, {"grads": {"W": 1.0}}, {"grads": None}):
         with pytest.raises(ValueError, match="^dense: got must .*(los|1|grads)"):
             gatedref.assert_matches(DENSE, {**got, "loss": DENSE.expected["loss"]})
-    for rtol in (-1e-9, 1, NAN, "1e-3", True):
+    for rtol in (0, -1e-9, 1, NAN, "1e-3", True):
         with pytest.raises(ValueError, match="rtol must be"):
             gatedref.assert_matches(DENSE, DENSE.expected, rtol=rtol)
-    for case in (None, tuple(DENSE)):
-        with pytest.raises(TypeError, match="case must be a Case"):
-            gatedref.assert_matches(case, DENSE.expected)
-    with pytest.raises(TypeError, match="strict must be True or False, got 'no'"):
-        gatedref.assert_matches(DENSE, DENSE.expected, strict="no")
+    for case, got in ((None, {}), (tuple(DENSE), {}), (DENSE, None)):
+        with pytest.raises(TypeError, match="(case|got) must be a"):
+            gatedref.assert_matches(case, got)
 
 
-def test_float16_needs_a_tolerance_of_ones_own():
-    z = DENSE.expected["z"].astype(np.float16)
-    assert "z is of float16: give an rtol" in message_of(DENSE, {"z": z})
-    gatedref.assert_matches(DENSE, {"z": z}, rtol=1e-3)
-
-
-def test_a_case_of_float32_arrays_is_computed_in_float64():
-    params = as_type(DENSE.params, np.float32)
-    x, target = DENSE.x.astype(np.float32), DENSE.target.astype(np.float32)
-    case = gatedref.make_case("mine", params, x, target, DENSE.alpha)
-    for name, array in DENSE.expected.items():
-        if name != "grads":
-            np.testing.assert_array_equal(case.expected[name], array)
-
-
-def test_sizes_of_a_random_case_are_refused_by_name():
-    sizes = {"B": 1, "T": 2, "H": 1, "D": 1, "K": 1, "G": 1}
-    for wrong in (0, -2, 2.0):
-        assert_refused("T must be", gatedref.random_case, 0, **{**sizes, "T": wrong})
-
-
-def test_what_is_left_out_must_still_be_floats_of_the_right_shape():
-    edges = CASES["gate_edges"]
-    right = edges.expected["grads"]
-    for wrong in (None, right["x"][:1], right["x"] * NAN):
-        message = message_of(edges, {"grads": {"x": wrong, "W_O": right["W_O"]}})
-        assert message.startswith("gate_edges: grads/x")
-
-
-@pytest.mark.parametrize("wrong", [None, "1", True, 1, 1j, [[0.5]]])
+@pytest.mark.parametrize("wrong", [None, "1", True, 1, 1j, [[0.5]], np.ma.masked])
 def test_what_is_no_array_of_floats_of_the_right_shape_differs(wrong):
-    assert first_wrong(DENSE, {"loss": wrong}) == "loss"
+    assert first_wrong(DENSE, {"loss": wrong, "z": DENSE.expected["z"]}) == "loss"
     assert first_wrong(DENSE, {"grads": {"x": wrong}}) == "grads/x"
 
 
-# ---- Ports to PyTorch and JAX --------------------------------------------------------
+def test_a_loss_may_have_the_shape_1_and_float16_needs_a_tolerance_of_its_own():
+    case = CASES["dense_scaled"]
+    loss, gradient = case.expected["loss"], case.expected["grads/value_scale"]
+    gatedref.assert_matches(case, {"loss": loss.reshape(1)})
+    assert first_wrong(case, {"grads/value_scale": gradient.reshape(1)})
+    assert "rtol" in message_of(case, {"loss": loss.astype(np.float16)})
+    gatedref.assert_matches(case, {"loss": loss.astype(np.float16)}, rtol=1e-3)
 
 
-def torch_power(torch, base, exponent):
-    is_open = base > 0
-    return torch.where(is_open, torch.where(is_open, base, 1) ** exponent, 0)
+# ---- The same block in PyTorch and JAX -----------------------------------------------
 
 
-def torch_results(torch, case, dtype):
-    """What a block in PyTorch's own functions makes of a case."""
-    leaf = {}
-    for name, array in {**case.params, "x": case.x}.items():
-        leaf[name] = torch.tensor(array, dtype=dtype, requires_grad=True)
-    x = leaf["x"][:, None]  # [B, 1, T, D]
-    W_V = torch.nn.functional.normalize(leaf["W_V"], dim=1)
-    W_O = torch.nn.functional.normalize(leaf["W_O"], dim=2)
-    q = x @ leaf["W_Q"] + leaf["b_Q"][:, None]
-    k = x @ leaf["W_K"] + leaf["b_K"][:, None]
-    v = x @ W_V + leaf["b_V"][:, None]
-    gate_q = x @ leaf["W_gate_Q"] + leaf["b_gate_Q"][:, None]
-    gate_k = x @ leaf["W_gate_K"] + leaf["b_gate_K"][:, None]
-    future = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).triu(1)
-    scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(future, -torch.inf)
-    gate = (gate_q @ gate_k.mT).clamp(0, 1)
-    attn_out = (gate * scores.softmax(3) @ v @ W_O).sum(1)
-    mse = torch.nn.functional.mse_loss(attn_out, torch.tensor(case.target, dtype=dtype))
-    norms = torch_power(torch, torch_power(torch, gate, 0.6).sum(1), 1 / 0.6)
-    loss = mse + case.alpha * norms.mean()
-    loss.backward()
-    got = {"attn_scores": scores, "gate": gate, "attn_out": attn_out, "loss": loss}
-    return {**got, "grads": {name: tensor.grad for name, tensor in leaf.items()}}
+def block_in(framework):
+    """The other implementation, with the framework's own clamp."""
+    names = {"np": framework}
+    exec(planted(PORT, CLAMP, "np.clip(scores, 0, 1)"), names)  # noqa: S102
+    return names["port"]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_a_block_in_pytorch_passes_every_case_strictly(dtype):
+def test_a_block_in_pytorch_passes_every_case(dtype):
     torch = pytest.importorskip("torch")
-    for case in CASES.values():
-        got = torch_results(torch, case, getattr(torch, dtype))
-        gatedref.assert_matches(case, got, strict=True)
+    for case in ALL_CASES:
+        leaves = {}
+        for name, array in {**case.params, "x": case.x}.items():
+            leaves[name] = torch.tensor(array, dtype=getattr(torch, dtype))
+            leaves[name].requires_grad = True
+        target = torch.tensor(case.target, dtype=getattr(torch, dtype))
+        stages = block_in(torch)(target=target, alpha=case.alpha, **leaves)
+        stages["loss"].backward()
+        got = {name: stages[name] for name in case.expected if name in stages}
+        grads = {name: leaf.grad for name, leaf in leaves.items()}
+        gatedref.assert_matches(case, {**got, "grads": grads})
+    meta = torch.empty(DENSE.expected["z"].shape, device="meta")
+    assert first_wrong(DENSE, {"z": meta}) == "z"
 
 
 # XLA takes seconds for each case.
 @pytest.mark.parametrize(
-    "name, dtype", [("large_scores", "float64"), ("gate_edges", "float32")]
+    "name, dtype", [("large_scores", "float64"), ("gate_edges_scaled", "float32")]
 )
-def test_a_block_in_jax_passes_strictly(name, dtype):
+def test_a_block_in_jax_passes(name, dtype):
     jax = pytest.importorskip("jax")
     case = CASES[name]
-    names = {"np": jax.numpy}
-    exec(PORT, names)  # noqa: S102
 
     def objective(inputs, target):
-        stages = names["port"](target=target, alpha=case.alpha, **inputs)
+        stages = block_in(jax.numpy)(target=target, alpha=case.alpha, **inputs)
         shown = {name: stages[name] for name in case.expected if name in stages}
         return stages["loss"], shown
 
@@ -1294,237 +981,146 @@ def test_a_block_in_jax_passes_strictly(name, dtype):
         gradient = jax.jit(jax.grad(objective, has_aux=True))
         grads, stages = gradient(inputs, case.target.astype(dtype))
         assert stages["loss"].dtype == dtype
-        gatedref.assert_matches(case, {**stages, "grads": grads}, strict=True)
+        gatedref.assert_matches(case, {**stages, "grads": grads})
 
 
 # ---- What is refused -----------------------------------------------------------------
 
-PARAMS = normal_params()
-X = normal("BTD", 1)
-RESULT = np.ones((2, 3, 4))
-GATE = np.ones((1, 2, 3, 3))
+PARAMS, X = normal_params(), normal("BTD", 1)
+UNGATED = {name: PARAMS[name] for name in BLOCK}
+DATA = {"x": X, "target": X, "alpha": 0.1}
+GATE, RESULT = np.ones((1, 2, 3, 3)), np.ones((2, 3, 4))
+ONES = {"B": 1, "T": 1, "H": 1, "D": 1, "K": 1, "G": 1}
+SAMPLE = {"n_trigrams": 3, "n_sequences": 2, "n_positions": 3, "seed": 0}
+
+# Functions with arguments that are right.
+CALLS = [
+    (gatedref.attention, {"params": UNGATED, "x": X}),
+    (gatedref.gated_attention, {"params": PARAMS, "x": X}),
+    (gatedref.loss, {"params": PARAMS, **DATA, "p": 0.6}),
+    (gatedref.loss_and_grad, {"params": PARAMS, **DATA}),
+    (gatedref.make_case, {"name": "own", "params": PARAMS, **DATA}),
+    (gatedref.lp_penalty, {"gate": GATE, "p": 0.6}),
+    (gatedref.holders, {"result": RESULT, "answers": [0, 1], "threshold": 0.5}),
+    (gatedref.transformer, {"layers": [PARAMS], "tokens": [[0, 4]]}),
+    (gatedref.init_params, {"n_heads": 1, "d_model": 2, "d_head": 1, "d_gate": 1}),
+    (gatedref.init_params, {"n_heads": 1, "d_model": 2, "d_head": 1, "seed": 0}),
+    (gatedref.sample_skip_trigrams, SAMPLE),
+    (gatedref.handmade_superposition, {"n_trigrams": 3}),
+    (gatedref.random_case, {"seed": 0, **ONES, "value_scale": 1}),
+]
+NUMBERS = [True, "1", [1.0], 1j, NAN, INF, {}]
+WHOLES = [-1, 2.0, True, "3", [2], NAN, 1j]
+WRONG = {
+    "alpha": [*NUMBERS, None, -1],
+    "p": [*NUMBERS, None, 0, -1],
+    "threshold": [*NUMBERS, None, 1, 1.5, -0.1],
+    "value_scale": [*NUMBERS, 0, -1],
+    "seed": [*WHOLES, None],
+    "d_gate": [*WHOLES, 0],
+    "tokens": [[[0.0]], [[True]], [0, 1], [[5]], [[-1]], None, "x"],
+    "answers": [[0.0, 1.0], [True, True], [0], [0, 4], [0, -1], None, 0],
+    "layers": [[], None, PARAMS, "x", 3],
+}
 
 
-def assert_refused(message, function, *arguments, **options):
-    """A call must end in a ValueError that begins with this message."""
+def wrong_values(name, right):
+    """What an argument must not be."""
+    if name in WRONG:
+        return WRONG[name]
+    if not isinstance(right, np.ndarray):
+        return [*WHOLES, None, 0]
+    of_types = [right.astype(dtype) for dtype in (bool, complex, object, str)]
+    of_shapes = [right[0], right[:0], right[None], 1.0]
+    one_nan = np.where(right == right.flat[-1], NAN, right)
+    masked = np.ma.masked_less(right, 0)
+    return [*of_types, *of_shapes, one_nan, right * INF, masked, None, "x", {}]
+
+
+@pytest.mark.parametrize("function, right", CALLS)
+def test_a_wrong_argument_is_refused_by_name(function, right):
+    function(**right)
+    for name in right.keys() - {"name", "params"}:
+        for wrong in wrong_values(name, right[name]):
+            with pytest.raises(ValueError, match=f"^{name} must (be|have)"):
+                function(**{**right, name: wrong})
+
+
+@pytest.mark.parametrize("name", GATED_BLOCK)
+def test_a_wrong_parameter_is_refused_by_name(name):
+    for wrong in wrong_values(name, PARAMS[name]):
+        with pytest.raises(ValueError, match=f"^{name} must (be|have)"):
+            gatedref.normalised({**PARAMS, name: wrong})
+    for axis in range(PARAMS[name].ndim):
+        cut = PARAMS[name].take([0], axis)  # which would be broadcast
+        with pytest.raises(ValueError, match=r"^\w+ must be of shape .* \(as in \w+\)"):
+            gatedref.gated_attention({**PARAMS, name: cut}, X)
+
+
+def refused(function, *arguments, **options):
     with pytest.raises(ValueError) as caught:
         function(*arguments, **options)
-    assert str(caught.value).startswith(message)
+    return str(caught.value)
 
 
-def with_last(array, value):
-    """A copy whose last entry has this value."""
-    changed = np.array(array, dtype=float)
-    changed.flat[-1] = value
-    return changed
+def test_the_message_tells_what_would_be_right_and_where_it_was_wrong():
+    cut = {**PARAMS, "W_K": PARAMS["W_K"][:1]}
+    for told in ("W_K must", "H = 4", "W_Q", "(1, 5, 6)"):
+        assert told in refused(gatedref.normalised, cut)
+        assert told in refused(gatedref.transformer, [PARAMS, cut], [[0]])
+    wider = normal_params(sizes={**SIZES, "D": 6})
+    message = refused(gatedref.transformer, [PARAMS, wider], [[0]])
+    assert re.search(r"^layers\[1\]: .*D = 5 .*layers\[0\]", message)
+    message = refused(gatedref.transformer, [PARAMS], [[0, 5]])
+    assert "[0, 5), got 5 at (0, 1)" in message
+    one_nan = np.where(np.arange(5) == 2, NAN, X)
+    assert "nan at (0, 0, 2)" in refused(gatedref.attention, UNGATED, one_nan)
+    refused(grad(lambda x: gatedref.loss(PARAMS, x, X, 0.1)["loss"]), one_nan)
 
 
-def test_an_array_of_another_shape_is_refused():
-    for wrong in (X[0], X[None], X[:0], X[..., 1:], 1.0):
-        message = f"x must be of shape [B, T, D = 5], got shape {np.shape(wrong)}"
-        assert_refused(message, gatedref.gated_attention, PARAMS, wrong)
-    message = "target must be of shape [B = 2, T = 3, D = 5], got shape "
-    for wrong in (X[0], X[:1], X[:, :1], X[..., :1], 0.0):
-        assert_refused(message, gatedref.loss, PARAMS, X, wrong, 0.1)
-        assert_refused(message, gatedref.loss_and_grad, PARAMS, X, wrong, 0.1)
-        assert_refused(message, gatedref.make_case, "own", PARAMS, X, wrong, 0.1)
-    message = "gate must be of shape [B, H, T, T], got shape "
-    for wrong in (GATE[0], GATE[..., :1], GATE[:, :, :1]):
-        assert_refused(message, gatedref.lp_penalty, wrong)
-    message = "result must be of shape [S, H, V], got shape (3, 4)"
-    assert_refused(message, gatedref.holders, RESULT[0], [0, 1])
-    for wrong in ([0], [0, 1, 2], [[0, 1]], 0):
-        message = f"answers must be of shape [S = 2], got shape {np.shape(wrong)}"
-        assert_refused(message, gatedref.holders, RESULT, wrong)
-
-
-def test_a_parameter_that_would_be_broadcast_is_refused():
-    for name, axes in GATED_BLOCK.items():
-        for axis in range(len(axes)):
-            cut = PARAMS[name].take([0], axis)
-            with pytest.raises(ValueError, match=r"^\w+ must be of shape .* got shape"):
-                gatedref.gated_attention({**PARAMS, name: cut}, X)
-        message = f"{name} must be of shape"
-        params = {**PARAMS, name: PARAMS[name][0]}
-        assert_refused(message, gatedref.gated_attention, params, X)
-    message = "W_K must be of shape [H = 4, D = 5, K = 6], got shape (1, 5, 6)"
-    params = {**PARAMS, "W_K": PARAMS["W_K"][:1]}
-    assert_refused(message, gatedref.gated_attention, params, X)
-
-
-@pytest.mark.parametrize("dtype", [bool, complex, object, str])
-def test_an_array_of_another_type_is_refused(dtype):
-    of_type = " must be floats or integers, got "
-    wrong = X.astype(dtype)
-    assert_refused("x" + of_type, gatedref.gated_attention, PARAMS, wrong)
-    assert_refused("target" + of_type, gatedref.loss, PARAMS, X, wrong, 0.1)
-    assert_refused("gate" + of_type, gatedref.lp_penalty, GATE.astype(dtype))
-    assert_refused("result" + of_type, gatedref.holders, RESULT.astype(dtype), [0, 1])
-    for name in GATED_BLOCK:
-        params = {**PARAMS, name: PARAMS[name].astype(dtype)}
-        assert_refused(name + of_type, gatedref.normalised, params)
-
-
-@pytest.mark.parametrize("wrong", [None, "x", {}])
-def test_what_is_no_array_is_refused(wrong):
-    of_type = " must be floats or integers, got <class "
-    assert_refused("x" + of_type, gatedref.gated_attention, PARAMS, wrong)
-    assert_refused("W_O" + of_type, gatedref.normalised, {**PARAMS, "W_O": wrong})
-    assert_refused("tokens must be integers", gatedref.transformer, [PARAMS], wrong)
-    assert_refused("answers must be integers", gatedref.holders, RESULT, wrong)
-
-
-@pytest.mark.parametrize("wrong", [NAN, INF, -INF])
-def test_what_is_not_finite_is_refused(wrong):
-    message = f"x must be finite, got {wrong} at (1, 2, 4)"
-    assert_refused(message, gatedref.gated_attention, PARAMS, with_last(X, wrong))
-    message = f"target must be finite, got {wrong} at (1, 2, 4)"
-    assert_refused(message, gatedref.loss, PARAMS, X, with_last(X, wrong), 0.1)
-    message = f"gate must be finite, got {wrong} at (0, 1, 2, 2)"
-    assert_refused(message, gatedref.lp_penalty, with_last(GATE, wrong))
-    message = f"result must be finite, got {wrong} at (1, 2, 3)"
-    assert_refused(message, gatedref.holders, with_last(RESULT, wrong), [0, 1])
-    for name in GATED_BLOCK:
-        params = {**PARAMS, name: with_last(PARAMS[name], wrong)}
-        assert_refused(f"{name} must be finite", gatedref.gated_attention, params, X)
-
-
-def test_the_checks_are_there_while_autograd_differentiates():
-    def loss_of_x(x):
-        return gatedref.loss(PARAMS, x, X, 0.1)["loss"]
-
-    assert np.isfinite(grad(loss_of_x)(X)).all()
-    for wrong in (X[:1], X[0], with_last(X, NAN)):
-        with pytest.raises(ValueError, match="must be"):
-            grad(loss_of_x)(wrong)
-
-
-def test_parameters_with_other_names_are_refused():
-    unknown = {**PARAMS, "W_X": X}
-    ungated = {name: PARAMS[name] for name in BLOCK}
-    missing = [name for name in GATED_BLOCK if name not in BLOCK]
-    names = f"params must have the names {list(GATED_BLOCK)}: missing "
-    assert_refused(names + "[], unknown ['W_X']", gatedref.normalised, unknown)
-    assert_refused(names + "[], unknown ['W_X']", gatedref.loss, unknown, X, X, 0.1)
-    assert_refused(names + f"{missing}, unknown []", gatedref.normalised, ungated)
-    names = f"params must have the names {list(BLOCK)}: missing "
-    assert_refused(names + f"[], unknown {missing}", gatedref.attention, PARAMS, X)
-    scaled = {**ungated, "value_scale": 1.0}
-    assert_refused(names + "[], unknown ['value_scale']", gatedref.attention, scaled, X)
-
-
-@pytest.mark.parametrize("wrong", [None, [PARAMS], X, "W_Q"])
-def test_parameters_that_are_no_dict_are_a_type_error(wrong):
-    with pytest.raises(TypeError, match="^params must be a dict of arrays, got <class"):
-        gatedref.gated_attention(wrong, X)
+@pytest.mark.parametrize(
+    "function, right, other",
+    [
+        (gatedref.gated_attention, PARAMS, UNGATED),
+        (gatedref.attention, UNGATED, {**PARAMS, "value_scale": 1.0}),
+    ],
+)
+def test_parameters_with_other_names_are_refused(function, right, other):
+    for wrong in ({**right, "W_X": X}, other, {}):
+        message = refused(function, wrong, X)
+        for name in wrong.keys() ^ right.keys():
+            assert name in message
+    with pytest.raises(TypeError, match="^params must be a dict"):
+        function([right], X)
     with pytest.raises(TypeError, match=r"^layers\[1\]: params must be a dict"):
-        gatedref.transformer([PARAMS, wrong], [[0]])
+        gatedref.transformer([right, None], [[0]])
 
 
-@pytest.mark.parametrize("wrong", [NAN, INF, True, "1", None, [1.0], 1j])
-def test_what_is_no_finite_number_is_refused(wrong):
-    assert_refused("alpha must be", gatedref.loss, PARAMS, X, X, wrong)
-    assert_refused("p must be", gatedref.loss, PARAMS, X, X, 0.1, p=wrong)
-    assert_refused("p must be", gatedref.lp_penalty, GATE, wrong)
-    assert_refused("threshold must be", gatedref.holders, RESULT, [0, 1], wrong)
-    params = {**PARAMS, "value_scale": wrong}
-    assert_refused("value_scale must be", gatedref.gated_attention, params, X)
-
-
-def test_a_number_out_of_range_is_refused():
-    assert_refused("alpha must be >= 0, got -1.0", gatedref.loss, PARAMS, X, X, -1)
-    for wrong in (0, -1):
-        assert_refused("p must be > 0, got", gatedref.loss, PARAMS, X, X, 0.1, p=wrong)
-        assert_refused("p must be > 0, got", gatedref.lp_penalty, GATE, wrong)
-        params = {**PARAMS, "value_scale": wrong}
-        message = f"value_scale must be > 0, got {wrong}"
-        assert_refused(message, gatedref.gated_attention, params, X)
-        assert_refused(message, list, gatedref.cases(value_scale=wrong))
-    for wrong in (1, 1.5, -0.1):
-        message = f"threshold must be in [0, 1), got {wrong}"
-        assert_refused(message, gatedref.holders, RESULT, [0, 1], wrong)
-    message = "gate must be >= 0, got -1e-300"
-    assert_refused(message, gatedref.lp_penalty, with_last(GATE, -1e-300))
-    message = "n_trigrams must be a whole number >= 2, got 1"
-    assert_refused(message, gatedref.handmade_superposition, 1)
-    for wrong in (4, -1):
-        message = f"answers must be in [0, 4), got {wrong} at (1,)"
-        assert_refused(message, gatedref.holders, RESULT, [0, wrong])
-
-
-@pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "3", [2], None, NAN, 1j])
-def test_a_size_that_is_no_whole_number_of_1_or_more_is_refused(wrong):
-    init, sample = gatedref.init_params, gatedref.sample_skip_trigrams
-    assert_refused("n_heads must be", init, wrong, 2, 1)
-    assert_refused("d_model must be", init, 1, wrong, 1)
-    assert_refused("d_head must be", init, 1, 2, wrong)
-    if wrong is not None:
-        assert_refused("d_gate must be", init, 1, 2, 1, d_gate=wrong)
-    assert_refused("n_trigrams must be", sample, wrong, 3)
-    assert_refused("n_sequences must be", sample, 3, wrong)
-    assert_refused("n_positions must be", sample, 3, 3, wrong)
-    assert_refused("n_trigrams must be", gatedref.handmade_superposition, wrong)
-
-
-@pytest.mark.parametrize("wrong", [-1, 0.0, True, "0", None])
-def test_a_seed_that_is_no_whole_number_of_0_or_more_is_refused(wrong):
-    assert_refused("seed must be", gatedref.init_params, 1, 2, 1, wrong)
-    assert_refused("seed must be", gatedref.sample_skip_trigrams, 3, 3, seed=wrong)
-    sizes = {"B": 1, "T": 1, "H": 1, "D": 1, "K": 1, "G": 1}
-    assert_refused("seed must be", gatedref.random_case, wrong, **sizes)
-
-
-@pytest.mark.parametrize("wrong", ["clamp", None, 1, ["clamp"]])
-def test_an_activation_that_is_no_function_is_a_type_error(wrong):
-    with pytest.raises(TypeError, match="^activation must be a function .* got <class"):
-        gatedref.gated_attention(PARAMS, X, activation=wrong)
-
-
-def test_an_activation_that_changes_the_shape_is_refused():
-    def first_head(scores):
-        return scores[:, :1]
-
-    message = (
-        "activation must return floats of shape (2, 4, 3, 3), got float64 of shape"
-    )
-    options = {"activation": first_head}
-    assert_refused(message, gatedref.gated_attention, PARAMS, X, **options)
-    assert_refused(message, gatedref.loss, PARAMS, X, X, 0.1, **options)
-
-
-def test_an_activation_that_returns_what_is_no_number_is_refused():
+def test_an_activation_that_is_none_or_returns_no_gates_is_refused():
     def logarithm(scores):
         with np.errstate(invalid="ignore"):
             return anp.log(scores)
 
-    def is_open(scores):
-        return scores > 0
-
-    message = "activation must return finite numbers, got nan for -"
-    assert_refused(message, gatedref.loss, PARAMS, X, X, 0.1, activation=logarithm)
-    message = "activation must return floats of shape (2, 4, 3, 3), got bool"
-    assert_refused(message, gatedref.gated_attention, PARAMS, X, activation=is_open)
-
-
-def test_wrong_tokens_and_layers_are_refused():
-    transformer = gatedref.transformer
-    for wrong in ([[0.0]], [[True]], [["a"]]):
-        assert_refused("tokens must be integers, got", transformer, [PARAMS], wrong)
-    assert_refused("tokens must be of shape [B, T]", transformer, [PARAMS], [0, 1])
-    for wrong in (5, -1):
-        message = f"tokens must be in [0, 5), got {wrong} at (0, 1)"
-        assert_refused(message, transformer, [PARAMS], [[0, wrong]])
-    for wrong in ([], None, PARAMS, "x", 3):
-        assert_refused("layers must be a list", transformer, wrong, [[0]])
-    cut = {**PARAMS, "W_K": PARAMS["W_K"][:1]}
-    message = "layers[1]: W_K must be of shape [H = 4, D = 5, K = 6], got shape (1,"
-    assert_refused(message, transformer, [PARAMS, cut], [[0]])
-    wider = normal_params(sizes={**SIZES, "D": 6})
-    with pytest.raises(ValueError, match="must be of shape"):
-        transformer([PARAMS, wider], [[0]])
+    told = {
+        logarithm: "nan for -",
+        lambda scores: scores > 0: "bool",
+        lambda scores: scores[:, :1]: "(2, 4, 3, 3)",
+    }
+    for activation, words in told.items():
+        for function in (gatedref.loss, gatedref.loss_and_grad):
+            message = refused(function, PARAMS, **DATA, activation=activation)
+            assert re.match(f"activation must .*{re.escape(words)}", message)
+    for wrong in ("clamp", None, [sigmoid]):
+        with pytest.raises(TypeError, match="^activation must be a function .*<class"):
+            gatedref.gated_attention(PARAMS, X, activation=wrong)
 
 
 # ---- The command ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "results.npz"
 
 
 @pytest.fixture
@@ -1539,175 +1135,127 @@ def command(capsys):
     return run
 
 
-def results_in_a_file(value_scale=None):
+def results_in_a_file(dtype=np.float64):
     """The right results of every case, by the names that the command reads."""
     arrays = {}
-    for case in gatedref.cases(value_scale):
+    for case in ALL_CASES:
         for name, array in case.expected.items():
-            if name != "grads":
-                arrays[f"{case.name}/{name}"] = array
-        for name, array in case.expected["grads"].items():
-            arrays[f"{case.name}/grads/{name}"] = array
+            arrays[f"{case.name}/{name}"] = array.astype(dtype)
     return arrays
 
 
-def test_write_writes_every_case_to_a_new_file(command, tmp_path):
-    path = tmp_path / "cases.npz"
+def test_write_writes_every_case_to_a_new_file(command, path):
     status, lines, errors = command("write", path)
-    written = dict(np.load(path))
     assert (status, errors) == (0, [])
-    assert lines == [f"{path}: {len(written)} arrays written"]
-    for case in CASES.values():
-        assert written[f"{case.name}/alpha"] == case.alpha
-        for name, array in {**case.params, "x": case.x, "target": case.target}.items():
-            assert (written[f"{case.name}/{name}"] == array).all()
-    for name, array in results_in_a_file().items():
-        case_name, stage = name.split("/", 1)
-        assert (written[f"{case_name}/expected/{stage}"] == array).all()
-    assert len(written) == len(CASES) * (len(GATED_BLOCK) + 3 + 28)
+    arrays, inputs = {}, hashlib.sha256()
+    for case in ALL_CASES:
+        for name, array in inputs_of(case).items():
+            arrays[f"{case.name}/{name}"] = array
+            inputs.update(array.tobytes())
+        for name, array in case.expected.items():
+            arrays[f"{case.name}/expected/{name}"] = array
+            arrays[f"{case.name}/unit/{name}"] = case.unit[name]
+    with np.load(path) as written:
+        assert {*written} == {*arrays}
+        assert all((written[name] == arrays[name]).all() for name in arrays)
+    for told in (path, len(arrays), gatedref.__version__, inputs.hexdigest()):
+        assert str(told) in "\n".join(lines)
+    assert os.listdir(path.parent) == [path.name]
 
 
-def test_write_leaves_a_file_that_exists_alone(command, tmp_path):
-    path = tmp_path / "results.npz"
+def test_write_leaves_a_file_that_exists_alone(command, path):
     path.write_text("hours of work")
     status, lines, errors = command("write", path)
-    assert (status, lines, len(errors)) == (2, [], 1)
-    assert str(path) in errors[0]
+    assert (status, lines, str(path) in errors[0]) == (2, [], True)
     assert path.read_text() == "hours of work"
+    assert os.listdir(path.parent) == [path.name]
 
 
-def test_check_passes_right_results_in_float32(command, tmp_path):
-    path = tmp_path / "results.npz"
-    np.savez(path, **as_type(results_in_a_file(), np.float32))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_check_passes_right_results_and_tells_type_and_tolerance(command, path, dtype):
+    arrays = results_in_a_file(dtype)
+    arrays["dense/loss"] = arrays["dense/loss"].reshape(1)  # as other languages have it
+    np.savez(path, **arrays)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("dense/", "")  # as `zip -r` writes a folder
     status, lines, errors = command("check", path)
     assert (status, errors) == (0, [])
-    expected = [f"{name}: 28 arrays match" for name in CASES]
-    expected[-1] = "gate_edges: 23 arrays match"
-    assert lines[:12] == expected
-    left_out = "grads/W_gate_Q, grads/b_gate_Q, grads/W_gate_K, grads/b_gate_K, grads/x"
-    assert left_out in lines[12]
-    assert lines[13:] == [f"{11 * 28 + 23} arrays match; 0 cases differ"]
+    kind = f"{np.dtype(dtype)}.*{64 * np.finfo(dtype).eps:.1e}"
+    for case, line in zip(ALL_CASES, lines[:-1], strict=True):
+        n_free = 5 if case.name.startswith("gate_edges") else 0
+        assert re.match(f"{case.name}: {len(case.expected) - n_free} .*{kind}", line)
 
-    status, lines, _ = command("check", path, "--strict")
-    assert (status, lines[-1]) == (0, f"{12 * 28} arrays match; 0 cases differ")
-
-
-def test_check_tells_what_is_missing_or_wrong(command, tmp_path):
-    path = tmp_path / "results.npz"
-    z = DENSE.expected["z"]
-    np.savez(path, **{"dense/z": z, "tiles/loss": CASES["tiles"].expected["loss"]})
-    status, lines, _ = command("check", path)
-    assert status == 0
-    assert "dense: 1 arrays match" in lines
-    assert "one_hot: not in the file" in lines
-    assert lines[-1] == "2 arrays match; 0 cases differ"
-
-    np.savez(path, **{"dense/z": z + 1e-9, "tiles/z": z})
-    status, lines, _ = command("check", path)
-    assert (status, lines[-1]) == (1, "0 arrays match; 2 cases differ")
-    assert lines[1].startswith("dense: z[")
-    assert lines[5].startswith("tiles: z has shape ")
+    np.savez(path, **as_type(arrays, np.float64))
+    assert command("check", path)[0] == (dtype == np.float32)
+    status, lines, _ = command("check", path, "--rtol", "1e-6")
+    assert (status, "1.0e-06" in lines[0]) == (0, True)
+    assert command("check", path, "--rtol", "2")[0] == 2
 
 
-def test_check_does_not_pass_what_no_case_expects_nor_an_empty_file(command, tmp_path):
-    path = tmp_path / "results.npz"
-    z = DENSE.expected["z"]
-    np.savez(path, **{"dense/z": z, "desne/z": z, "z": z})
+def test_check_fails_what_is_missing_wrong_or_unknown_by_name(command, path):
+    arrays = results_in_a_file()
+    arrays["tiles/z"] = arrays["tiles/z"] + 1e-9
+    arrays["desne/z"] = arrays["one_position/zz"] = arrays["dense/z"]
+    np.savez(path, **{name: arrays[name] for name in arrays if "gate" not in name})
     status, lines, _ = command("check", path)
     assert status == 1
-    assert "desne: there is no case of this name" in lines
-    assert "z: there is no case of this name" in lines
-
-    np.savez(path, **{"dense/z": z, "dense/zz": z})
-    status, lines, _ = command("check", path)
-    assert status == 1
-    assert re.match("dense: got must .*'zz'", lines[1])
+    assert "gate_edges: not in the file" in lines
+    assert any(line.startswith("tiles: z[") for line in lines)
+    assert re.search("one_position: .*'zz'", "\n".join(lines))
+    wrong = ["one_position", "tiles", "gate_edges", "gate_edges_scaled", "desne"]
+    assert re.findall(r"\w+", lines[-1])[-5:] == wrong
 
     np.savez(path)
     status, lines, _ = command("check", path)
-    assert (status, lines[-1]) == (1, "0 arrays match; 0 cases differ")
+    assert (status, len(lines)) == (1, len(ALL_CASES) + 1)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "torn", "npy", "objects"])
-def test_a_file_that_cannot_be_read_is_told_in_one_line(command, tmp_path, kind):
-    path = tmp_path / "results.npz"
-    np.savez(path, **{"dense/z": DENSE.expected["z"]})
-    whole = path.read_bytes()
-    path.unlink()
-    if kind == "npy":
-        with open(path, "wb") as file:
-            np.save(file, DENSE.expected["z"])
-    if kind == "objects":
-        np.savez(path, **{"dense/z": np.array([None])})
-    contents = {"empty": b"", "text": b"no numbers", "torn": whole[: len(whole) // 2]}
-    if kind in contents:
-        path.write_bytes(contents[kind])
+@pytest.mark.parametrize("kind", ["missing", "text", "torn", "objects"])
+def test_a_file_that_cannot_be_read_is_told_in_one_line(command, path, kind):
+    array = np.array([None]) if kind == "objects" else np.zeros(1000)
+    np.savez(path, **{"dense/z": array})
+    if kind == "missing":
+        path.unlink()
+    if kind == "text":
+        path.write_text("no numbers")
+    if kind == "torn":
+        path.write_bytes(path.read_bytes()[:1000])
     status, lines, errors = command("check", path)
     assert (status, lines, len(errors)) == (2, [], 1)
     assert errors[0].startswith("gatedref.py: ")
     assert str(path) in errors[0]
 
 
-def test_files_of_other_programs_are_read(command, tmp_path):
-    path = tmp_path / "results.npz"
-    loss = DENSE.expected["loss"]
-    np.savez(path, **{"dense/loss": np.reshape(loss, 1)})
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("dense/", "")  # as `zip -r` writes a folder
-    status, lines, _ = command("check", path)
-    assert (status, lines[-1]) == (0, "1 arrays match; 0 cases differ")
+def program(*arguments, **options):
+    """Runs gatedref.py by itself; returns its status and what it says of errors."""
+    line = [sys.executable, gatedref.__file__, *[str(one) for one in arguments]]
+    options = {"stdout": subprocess.DEVNULL, **options}
+    ended = subprocess.run(line, check=False, stderr=subprocess.PIPE, **options)
+    return ended.returncode, ended.stderr
 
 
-def test_results_of_float32_kept_as_float64_pass_with_rtol(command, tmp_path):
-    path = tmp_path / "results.npz"
-    z = DENSE.expected["z"].astype(np.float32).astype(np.float64)
-    np.savez(path, **{"dense/z": z})
-    assert command("check", path)[0] == 1
-    assert command("check", path, "--rtol", "1e-6")[0] == 0
-    assert command("check", path, "--rtol", "1e-12")[0] == 1
-    status, lines, errors = command("check", path, "--rtol", "2")
-    assert (status, lines, len(errors)) == (2, [], 1)
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_closed_pipe_ends_quietly_with_the_status_of_the_check(path, status):
+    np.savez(path, **({} if status else results_in_a_file()))
+    read, write = os.pipe()
+    os.close(read)
+    assert program("check", path, stdout=write) == (status, b"")
+    os.close(write)
 
 
-def test_check_compares_derivatives_at_the_ends_when_strict(command, tmp_path):
-    path = tmp_path / "results.npz"
-    expected = CASES["gate_edges"].expected
-    wrong = 2 * expected["grads"]["x"]
-    np.savez(path, **{"gate_edges/z": expected["z"], "gate_edges/grads/x": wrong})
-    assert command("check", path)[0] == 0
-    assert command("check", path, "--strict")[0] == 1
+def test_a_console_that_cannot_print_the_path_is_no_error(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    assert program("write", tmp_path / "\u0416.npz", env=environment) == (0, b"")
+    assert os.listdir(tmp_path) == ["\u0416.npz"]
 
 
-def test_blocks_with_value_scale_have_cases_of_their_own(command, tmp_path):
-    path = tmp_path / "cases.npz"
-    assert command("write", path, "--value-scale", "2.5")[0] == 0
-    with np.load(path) as written:
-        assert written["dense/value_scale"] == 2.5
-        assert "dense/expected/grads/value_scale" in written
-    path = tmp_path / "results.npz"
-    np.savez(path, **results_in_a_file(value_scale=2.5))
-    assert command("check", path, "--value-scale", "2.5")[0] == 0
-    assert command("check", path)[0] == 1
-    assert command("check", path, "--value-scale", "-1")[0] == 2
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], ["results.npz"], ["check"], ["write", "a", "b"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["file"], ["check"], ["write", "a", "b"]])
 def test_other_arguments_write_nothing(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         gatedref._main(arguments)
     assert ended.value.code == 2
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("command_name", [[], ["write"], ["check"]])
-def test_help_writes_nothing(command_name, tmp_path):
-    program = [sys.executable, gatedref.__file__, *command_name, "--help"]
-    help_text = subprocess.check_output(program, cwd=tmp_path, text=True)
-    assert help_text.startswith("usage: gatedref.py")
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 # ---- train.py: the takeover ----------------------------------------------------------
