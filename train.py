@@ -91,20 +91,21 @@ RECIPE = Recipe(
     alpha=2.5,
 )
 
-# For any residual stream, such as that of a model with an embedding and positions.
+# For any residual stream, such as that of a model with an embedding and positions. Its
+# largest entries are far above the others, hence the small value_scale.
 RESIDUAL = Recipe(
-    steps=1500,
-    batch=16,
-    rate=0.005,
+    steps=2500,
+    batch=8,
+    rate=0.002,
     rate_factors=(1.0, 1.0, 1.0, 0.3, 0.1),
-    expansion=8,
-    d_head=16,
+    expansion=12,
+    d_head=32,
     d_gate=8,
-    value_scale=2.0,
+    value_scale=0.5,
     activation=reopening,
-    p=0.4,
-    alpha=0.4,
-    alpha_growth=0.5,
+    p=0.25,
+    alpha=0.035,
+    alpha_growth=0.7,
 )
 
 # The post's recipe for 4H5T. Of the others, 2H3T has an alpha of 1.9 in variances, 3H4T
