@@ -1000,53 +1000,58 @@ UNGATED = {name: PARAMS[name] for name in BLOCK}
 DATA = {"x": X, "target": X, "alpha": 0.1}
 GATE, RESULT = np.ones((1, 2, 3, 3)), np.ones((2, 3, 4))
 ONES = {"B": 1, "T": 1, "H": 1, "D": 1, "K": 1, "G": 1}
-SAMPLE = {"n_trigrams": 3, "n_sequences": 2, "n_positions": 3, "seed": 0}
-
-# Functions with arguments that are right.
-CALLS = [
-    (gatedref.attention, {"params": UNGATED, "x": X}),
-    (gatedref.gated_attention, {"params": PARAMS, "x": X}),
-    (gatedref.loss, {"params": PARAMS, **DATA, "p": 0.6}),
-    (gatedref.loss_and_grad, {"params": PARAMS, **DATA}),
-    (gatedref.make_case, {"name": "own", "params": PARAMS, **DATA}),
-    (gatedref.lp_penalty, {"gate": GATE, "p": 0.6}),
-    (gatedref.holders, {"result": RESULT, "answers": [0, 1], "threshold": 0.5}),
-    (gatedref.transformer, {"layers": [PARAMS], "tokens": [[0, 4]]}),
-    (gatedref.init_params, {"n_heads": 1, "d_model": 2, "d_head": 1, "d_gate": 1}),
-    (gatedref.init_params, {"n_heads": 1, "d_model": 2, "d_head": 1, "seed": 0}),
-    (gatedref.sample_skip_trigrams, SAMPLE),
-    (gatedref.handmade_superposition, {"n_trigrams": 3}),
-    (gatedref.random_case, {"seed": 0, **ONES, "value_scale": 1}),
-]
 NUMBERS = [True, "1", [1.0], 1j, NAN, INF, {}]
 WHOLES = [-1, 2.0, True, "3", [2], NAN, 1j]
-WRONG = {
-    "alpha": [*NUMBERS, None, -1],
-    "p": [*NUMBERS, None, 0, -1],
-    "threshold": [*NUMBERS, None, 1, 1.5, -0.1],
-    "value_scale": [*NUMBERS, 0, -1],
-    "seed": [*WHOLES, None],
-    "d_gate": [*WHOLES, 0],
-    "tokens": [[[0.0]], [[True]], [0, 1], [[5]], [[-1]], None, "x"],
-    "answers": [[0.0, 1.0], [True, True], [0], [0, 4], [0, -1], None, 0],
-    "layers": [[], None, PARAMS, "x", 3],
-}
+
+
+def calls():
+    """Functions, each with arguments that are right."""
+    yield gatedref.attention, {"params": UNGATED, "x": X}
+    yield gatedref.gated_attention, {"params": PARAMS, "x": X}
+    yield gatedref.loss, {"params": PARAMS, **DATA, "p": 0.6}
+    yield gatedref.loss_and_grad, {"params": PARAMS, **DATA}
+    yield gatedref.make_case, {"name": "own", "params": PARAMS, **DATA}
+    yield gatedref.lp_penalty, {"gate": GATE, "p": 0.6}
+    yield gatedref.holders, {"result": RESULT, "answers": [0, 1], "threshold": 0.5}
+    yield gatedref.transformer, {"layers": [PARAMS], "tokens": [[0, 4]]}
+    sizes = {"n_heads": 1, "d_model": 2, "d_head": 1}
+    yield gatedref.init_params, {**sizes, "d_gate": 1, "seed": 0}
+    sizes = {"n_trigrams": 3, "n_sequences": 2, "n_positions": 3}
+    yield gatedref.sample_skip_trigrams, {**sizes, "seed": 0}
+    yield gatedref.handmade_superposition, {"n_trigrams": 3}
+    yield gatedref.random_case, {"seed": 0, **ONES, "value_scale": 1}
 
 
 def wrong_values(name, right):
     """What an argument must not be."""
-    if name in WRONG:
-        return WRONG[name]
-    if not isinstance(right, np.ndarray):
-        return [*WHOLES, None, 0]
-    of_types = [right.astype(dtype) for dtype in (bool, complex, object, str)]
-    of_shapes = [right[0], right[:0], right[None], 1.0]
-    one_nan = np.where(right == right.flat[-1], NAN, right)
-    masked = np.ma.masked_less(right, 0)
-    return [*of_types, *of_shapes, one_nan, right * INF, masked, None, "x", {}]
+    if isinstance(right, np.ndarray):
+        of_types = [right.astype(dtype) for dtype in (bool, complex, object, str)]
+        of_shapes = [right[0], right[:0], right[None], 1.0]
+        one_nan = np.where(right == right.flat[-1], NAN, right)
+        masked = np.ma.masked_less(right, 0)
+        return [*of_types, *of_shapes, one_nan, right * INF, masked, None, "x", {}]
+    if name == "tokens":
+        return [[[0.0]], [[True]], [0, 1], [[5]], [[-1]], None, "x"]
+    if name == "answers":
+        return [[0.0, 1.0], [True, True], [0], [0, 4], [0, -1], None, 0]
+    if name == "layers":
+        return [[], None, PARAMS, "x", 3]
+    if name == "threshold":
+        return [*NUMBERS, None, 1, 1.5, -0.1]
+    if name == "value_scale":  # None is no value_scale
+        return [*NUMBERS, 0, -1]
+    if name == "p":
+        return [*NUMBERS, None, 0, -1]
+    if name == "alpha":
+        return [*NUMBERS, None, -1]
+    if name == "d_gate":  # None is no gate
+        return [*WHOLES, 0]
+    if name == "seed":
+        return [*WHOLES, None]
+    return [*WHOLES, None, 0]
 
 
-@pytest.mark.parametrize("function, right", CALLS)
+@pytest.mark.parametrize("function, right", [*calls()])
 def test_a_wrong_argument_is_refused_by_name(function, right):
     function(**right)
     for name in right.keys() - {"name", "params"}:
@@ -1110,15 +1115,15 @@ def test_an_activation_that_is_none_or_returns_no_gates_is_refused():
         with np.errstate(invalid="ignore"):
             return anp.log(scores)
 
-    told = {
-        logarithm: "nan for -",
-        lambda scores: scores > 0: "bool",
-        lambda scores: scores[:, :1]: "(2, 4, 3, 3)",
-    }
-    for activation, words in told.items():
-        for function in (gatedref.loss, gatedref.loss_and_grad):
-            message = refused(function, PARAMS, **DATA, activation=activation)
-            assert re.match(f"activation must .*{re.escape(words)}", message)
+    def is_open(scores):
+        return scores > 0
+
+    def of_first_head(scores):
+        return scores[:, :1]
+
+    for activation in (logarithm, is_open, of_first_head):
+        message = refused(gatedref.loss, PARAMS, **DATA, activation=activation)
+        assert re.match("activation must .*(nan for -|bool|(2, 4, 3, 3))", message)
     for wrong in ("clamp", None, [sigmoid]):
         with pytest.raises(TypeError, match="^activation must be a function .*<class"):
             gatedref.gated_attention(PARAMS, X, activation=wrong)
