@@ -1031,14 +1031,19 @@ def calls():
     yield gatedref.random_case, {"seed": 0, **ONES, "value_scale": 1}
 
 
+def wrong_arrays(right):
+    """What must not stand in an array's place."""
+    of_types = [right.astype(dtype) for dtype in (bool, complex, object, str)]
+    of_shapes = [right[0], right[:0], right[None], 1.0]
+    one_nan = np.where(right == right.flat[-1], NAN, right)
+    masked = np.ma.masked_less(right, 0)
+    return [*of_types, *of_shapes, one_nan, right * INF, masked, None, "x", {}]
+
+
 def wrong_values(name, right):
     """What an argument must not be."""
     if isinstance(right, np.ndarray):
-        of_types = [right.astype(dtype) for dtype in (bool, complex, object, str)]
-        of_shapes = [right[0], right[:0], right[None], 1.0]
-        one_nan = np.where(right == right.flat[-1], NAN, right)
-        masked = np.ma.masked_less(right, 0)
-        return [*of_types, *of_shapes, one_nan, right * INF, masked, None, "x", {}]
+        return wrong_arrays(right)
     if name == "tokens":
         return [[[0.0]], [[True]], [0, 1], [[5]], [[-1]], None, "x"]
     if name == "answers":
@@ -1071,7 +1076,7 @@ def test_a_wrong_argument_is_refused_by_name(function, right):
 
 @pytest.mark.parametrize("name", GATED_BLOCK)
 def test_a_wrong_parameter_is_refused_by_name(name):
-    for wrong in wrong_values(name, PARAMS[name]):
+    for wrong in wrong_arrays(PARAMS[name]):
         with pytest.raises(ValueError, match=f"^{name} must (be|have)"):
             gatedref.normalised({**PARAMS, name: wrong})
     for axis in range(PARAMS[name].ndim):
@@ -1222,9 +1227,8 @@ def test_check_fails_what_is_missing_wrong_or_unknown_by_name(command, path):
     np.savez(path, **{name: arrays[name] for name in arrays if "gate" not in name})
     status, lines, _ = command("check", path)
     assert status == 1
-    assert "gate_edges: not in the file" in lines
-    assert any(line.startswith("tiles: z[") for line in lines)
-    assert re.search("one_position: .*'zz'", "\n".join(lines))
+    assert re.search(r"\btiles: z\[", "\n".join(lines))
+    assert re.search(r"\bone_position: .*'zz'", "\n".join(lines))
     wrong = ["one_position", "tiles", "gate_edges", "gate_edges_scaled", "desne"]
     assert re.findall(r"\w+", lines[-1])[-5:] == wrong
 
