@@ -949,6 +949,7 @@ def test_a_loss_may_have_the_shape_1_and_float16_needs_a_tolerance_of_its_own():
     loss, gradient = case.expected["loss"], case.expected["grads/value_scale"]
     gatedref.assert_matches(case, {"loss": loss.reshape(1)})
     assert first_wrong(case, {"grads/value_scale": gradient.reshape(1)})
+    assert "int64" in message_of(case, {"loss": loss.astype(np.int64)})
     assert "rtol" in message_of(case, {"loss": loss.astype(np.float16)})
     gatedref.assert_matches(case, {"loss": loss.astype(np.float16)}, rtol=1e-3)
 
@@ -1099,6 +1100,8 @@ def test_the_message_tells_what_would_be_right_and_where_it_was_wrong():
     wider = normal_params(sizes={**SIZES, "D": 6})
     message = refused(gatedref.transformer, [PARAMS, wider], [[0]])
     assert re.search(r"^layers\[1\]: .*D = 5 .*layers\[0\]", message)
+    message = refused(gatedref.transformer, [PARAMS], [[0.5]])
+    assert re.match("tokens must be integers, got .*float64", message)
     message = refused(gatedref.transformer, [PARAMS], [[0, 5]])
     assert "[0, 5), got 5 at (0, 1)" in message
     one_nan = np.where(np.arange(5) == 2, NAN, X)
