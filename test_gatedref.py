@@ -497,6 +497,7 @@ def test_two_handmade_heads_hold_the_first_and_last_trigram_and_share_the_others
     model = gatedref.transformer([gatedref.handmade_superposition(n)], tokens)
     answers = tokens[completes] + n
     result = model["blocks"][0]["result"][completes]  # [trigrams, H, V]
+    assert result.shape[2] == 2 * n + 2
     assert (model["logits"][completes].argmax(axis=1) == answers).all()
     found = []
     for answer in range(n + 1, 2 * n + 1):
