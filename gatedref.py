@@ -1362,6 +1362,8 @@ def _main(argv=None):
 
 def _print(lines):
     """Prints lines, as far as the console has the letters and is not closed."""
+    if sys.stdout is None:  # closed from the start
+        return
     encoding = sys.stdout.encoding or "utf-8"
     text = "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -1390,7 +1392,7 @@ def _write_cases(path):
 
 def _save(path, arrays):
     """Writes a new .npz file, whole or not at all: beside its place, then one move."""
-    beside = f"{path}.part"
+    beside = f"{path}.{os.getpid()}.part"  # a name that nobody else has
     try:
         with open(beside, "wb") as file:
             np.savez(file, **arrays)
@@ -1424,8 +1426,9 @@ def _check_results(path, rtol):
         lines.append(f"{name}: there is no case of this name")
         wrong.append(name)
 
-    lines.append(f"wrong: {', '.join(wrong)}" if wrong else "every case matches")
-    return 1 if wrong else 0, lines
+    if wrong:
+        return 1, [*lines, f"wrong or missing: {', '.join(wrong)}"]
+    return 0, [*lines, "every case matches"]
 
 
 def _kinds(arrays, rtol):
