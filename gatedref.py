@@ -523,18 +523,19 @@ def unexplained(written, target):
     """
     target = check_array("target", target, "STD")
     written = check_array("written", written, "STD", sizes_of("target", target, "STD"))
-    deviation = variance_of(target) * target.size
+    squares = variance_of(target) * target.size
     error = 0.0
     for part in parts(len(target), target[0].nbytes):
         error += np.sum((written[part] - target[part]) ** 2, dtype=float)
-    return float(error / deviation)
+    return float(error / squares)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # an overflow is told
+@np.errstate(over="ignore", invalid="ignore")  # an overflow is reported below
 def variance_of(target):
-    """The mean over the components of their variance over all positions, a float.
+    """The variance of each component over all positions, averaged over the components.
 
-    target: [S, T, D]. ValueError: it is constant, or its square overflows.
+    target: [S, T, D]. Returns a float. ValueError: it is constant, or its square
+    overflows.
     """
     S, T, _ = target.shape
     slices = parts(S, target[0].nbytes)
@@ -564,15 +565,20 @@ def judge(result, output, answers, *, most=None):
 
     result: [N, H, V], what each head writes at N positions, in the space of the
     answers. Where a model has an unembedding W_U [D, V], that is `result` @ W_U.
-    output: [N, V], what the model says there, residual stream and all. answers:
-    integers [N] in [0, V), what it should say. most: see `holders`.
+    output: [N, V], the model's logits there: residual stream, biases and unembedding
+    included. answers: integers [N] in [0, V), what it should say. most: see `holders`.
+
+    What heads hold is judged by what they write, without the residual stream. So where
+    that, or a bias, supplies a part of the answer, not even all heads together hold it,
+    and `holders` says []. To see who takes part, give what else there is as one more
+    head: np.concatenate([result, rest[:, None]], axis=1).
 
     Returns a dict of lists, an entry for each answer in rising order:
 
         answers     the answer
         accuracy    the part of its positions where it is the largest entry of `output`
         holders     the smallest sets of heads that hold it, see `holders`, as judged on
-                    its first 1,000 positions; the residual stream has no part in it
+                    its first 1,000 positions
         shares      [H]: the norm of what a head writes, over the sum of all heads'
                     norms; the mean over the positions
     """
@@ -609,11 +615,11 @@ def share_of(found):
 def holders(result, answers, threshold=RIGHT, *, most=None):
     """The smallest sets of heads that hold an answer.
 
-    A group of heads *holds* an answer when it is enough, whatever other heads are
-    removed, that is, have their output set to 0. By brute force, `others` being the
-    heads outside of the group:
+    A group of heads *holds* an answer when it is enough, whichever other heads are
+    removed (their output set to 0). By brute force, `others` being the heads outside of
+    the group:
 
-        right = np.ones(S, dtype=bool)
+        right = np.ones(len(answers), dtype=bool)
         for size in range(len(others) + 1):
             for kept in itertools.combinations(others, size):
                 written = result[:, [*group, *kept]].sum(axis=1)
@@ -628,37 +634,38 @@ def holders(result, answers, threshold=RIGHT, *, most=None):
 
         m_h = result_h[answer] - result_h[c].
 
-    The worst set for the answer has, beside the group, just the heads whose lead is
-    negative. So the group holds the answer where, for every rival c,
+    For a rival c, the worst set keeps, beside the group, exactly the other heads whose
+    lead is negative. So the group holds the answer where, for every rival c,
 
         sum over the group of max(m_h, 0)  >  sum over all heads of max(-m_h, 0):
 
     it pushes the answer further up than all heads, its own included, push the rival.
-    (>= where c comes after the answer: np.argmax takes the first of equals.) This says
-    too that heads which are only turned down do no more harm than heads removed.
+    (>= where c comes after the answer: np.argmax takes the first of equals.) It follows
+    that turning other heads down, by factors between 0 and 1, does no more harm than
+    removing them.
 
     It costs a pass over `result` for every set of heads up to the size that holds: with
     16 heads 65,535 sets at most; with 24 or more it can take minutes, unless a small
     set holds, or `most` ends the search.
 
-    result: [S, H, V], what each head writes at one position of each sequence. answers:
-    integers [S] in [0, V). threshold: in [0, 1). most: how many heads a set may have; a
+    result: [N, H, V], what each head writes at N positions. answers: integers [N] in
+    [0, V). threshold: in [0, 1). most: how many heads a set may have; a
     whole number >= 1, or None for all. Returns a list of tuples of heads, all of the
     smallest size that holds; empty where not even all heads do, or no set up to `most`.
     """
     threshold = check_number("threshold", threshold)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must be in [0, 1), got {threshold}")
-    result = check_array("result", result, "SHV")
-    S, H, V = result.shape
+    result = check_array("result", result, "NHV")
+    N, H, V = result.shape
     answers = check_tokens(
-        "answers", answers, "S", V, sizes_of("result", result, "SHV")
+        "answers", answers, "S", V, sizes_of("result", result, "NHV")
     )
     most = H if most is None else min(check_whole("most", most, 1), H)
 
-    lead = result[np.arange(S), :, answers][:, :, None] - result  # [S, H, V]
+    lead = result[np.arange(N), :, answers][:, :, None] - result  # [N, H, V]
     push = np.maximum(lead, 0)
-    against = np.sum(np.maximum(-lead, 0), axis=1)  # [S, V]
+    against = np.sum(np.maximum(-lead, 0), axis=1)  # [N, V]
     wins_ties = np.arange(V) >= answers[:, None]  # the answer itself is 0 against 0
 
     def holds(group):
@@ -666,7 +673,7 @@ def holders(result, answers, threshold=RIGHT, *, most=None):
         right = (pushed > against) | ((pushed == against) & wins_ties)
         return np.mean(np.all(right, axis=1)) > threshold
 
-    if not holds(range(H)):  # then no fewer heads do: each adds to the left side only
+    if not holds(range(H)):  # then no fewer do: a head only adds to the left side
         return []
     for size in range(1, most + 1):
         groups = itertools.combinations(range(H), size)
@@ -687,9 +694,9 @@ def singles(holders):
 def is_apart(found, least=RIGHT):
     """Whether each answer is right and has a head of its own that holds it.
 
-    found: what `judge` returns. An answer is right if its accuracy is above `least`. Of
-    the heads that hold each answer alone, one must be chosen so that none is chosen
-    twice.
+    found: what `judge` returns. An answer is right if its accuracy is above `least`.
+    For each answer one of the heads that hold it alone must be chosen, none twice; so
+    an answer that nothing holds makes it False.
     """
     if min(found["accuracy"]) <= least:
         return False
@@ -702,7 +709,7 @@ def is_apart(found, least=RIGHT):
 
 
 def _choose(answer, alone, chosen_by, tried):
-    """Finds a head for an answer, if need be by finding others for those before it.
+    """Finds a head for an answer, if need be by moving earlier answers to other heads.
 
     (An augmenting path of a matching in a bipartite graph: Kuhn, 1955.)
     """
@@ -722,15 +729,16 @@ def fires_without_A(found, result, answers, result_without_A, lures):
 
     A head may write C whenever B comes, whether an A came before or not, while another
     head takes it back where none did: it copies, the other cancels. It holds the
-    trigram by the published rule, which looks at completed trigrams only. A head *fires
-    without A* if its lead on C (what it writes there less the largest of what else it
-    writes) is, on average where no A came, more than half of what it is where the
-    trigram is complete.
+    trigram by the rule of `holders`, which looks at completed trigrams only. A head's
+    *lead* on C is what it writes there, less the largest of what else it writes. It
+    *fires without A* if its lead is, on average where no A came, more than half of what
+    it is where the trigram is complete.
 
     found: what `judge` returns. result: [N, H, V], what heads write at B in completed
-    trigrams; answers: integers [N], their C. result_without_A [M, H, V], lures [M]: the
-    same at B that no A came before. Returns a list of booleans. ValueError: an answer
-    of `found` is not among `answers`, or not among `lures`.
+    trigrams; answers: integers [N], their C. result_without_A: [M, H, V], what heads
+    write at a B with no A before it; lures: integers [M], the C that B would call for.
+    Returns a list of booleans, False for an answer that no head holds alone.
+    ValueError: an answer of `found` is not among `answers`, or not among `lures`.
     """
     result = check_array("result", result, "NHV")
     sizes = sizes_of("result", result, "NHV")

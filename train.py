@@ -129,8 +129,10 @@ TOY = Recipe(steps=1500, batch=40, rate=0.05, rate_factors=(1.0, 1.0, 1.0, 0.3, 
 def check_recipe(recipe):
     """Refuses a recipe that is not one for a gated block."""
     if not isinstance(recipe, Recipe):
-        change = "a change is written RECIPE._replace(steps=3000)"
+        change = "RECIPE or RESIDUAL, with a change RESIDUAL._replace(steps=3000)"
         raise TypeError(f"recipe must be a Recipe ({change}), got {type(recipe)}")
+    if recipe.d_gate is None:
+        raise ValueError("recipe.d_gate must be a whole number: TOY is for toys only")
     for name in ("steps", "batch", "expansion", "d_head", "d_gate"):
         gatedref.check_whole(f"recipe.{name}", getattr(recipe, name), 1)
     for name in ("rate", "p"):
@@ -161,7 +163,7 @@ def check_rate_factors(factors):
 # ---- Taking a block apart ------------------------------------------------------------
 
 
-@np.errstate(over="ignore", invalid="ignore")  # `check_finite` tells
+@np.errstate(over="ignore", invalid="ignore")  # `check_finite` reports overflows
 def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
     """A gated block that writes what was recorded, with its heads out of superposition.
 
@@ -171,16 +173,18 @@ def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
     on them, before it is added to the residual stream: one layer of it, or the sum of
     several. Both come from a hook. What is supported, and how:
 
-        causal attention with learned or no positions    as it is: positions are in x
-        an output bias                                   subtract it from the target
-        LayerNorm or RMSNorm before the attention        record x behind it
-        a LayerNorm behind the attention                 record the target before it
-        grouped queries (GQA, MQA)                       as it is: n_heads of queries
-        padding                                          leave such sequences out, or
-                                                         cut all to one length
-        rotary or relative positions                     not: no gated head here sees
-                                                         them; much stays unexplained
-        attention that is not causal, other masks        not: a head cannot look ahead
+        causal attention with learned or no positions   works as it is
+        an output bias                                  subtract it from the target
+        LayerNorm or RMSNorm before the attention       record x behind it
+        LayerNorm behind the attention                  record the target before it
+        [T, S, D], as PyTorch has it by default         swap the first two axes
+        dropout                                         record in eval mode
+        grouped queries (GQA, MQA)                      works: n_heads of the queries
+        padding                                         leave such sequences out, or
+                                                        cut all to one length
+        rotary or relative positions                    not supported: gated heads do
+                                                        not see them
+        attention that is not causal, attention sinks   not supported
 
     n_heads: how many heads the model has there, a whole number >= 1. seed: a whole
     number >= 0. recipe: a `Recipe`; one with takeovers, such as `RECIPE`, needs x
@@ -189,11 +193,11 @@ def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
 
     Trains in float32 if x and target both are, else in float64. Returns the parameters
     of the gated block, with their `value_scale` where the recipe has one; and the
-    curves, for each step a dict of `unexplained`, `penalty` and `loss`, the last one
-    divided by the target's variance. Gates at pairs of tokens that never occur together
-    are left over from the start, and mean nothing.
+    curves, for each step a dict of what its batch gave: `unexplained`, `penalty` and
+    `loss`, which is unexplained + alpha * penalty. For one-hot x, gates at pairs of
+    tokens that never occur together are left over from the start, and mean nothing.
 
-    ValueError, TypeError: an argument that is not as above, or would need more memory
+    ValueError, TypeError: an argument is not as above, or more memory would be needed
     than there is. FloatingPointError: training diverged.
     """
     x, target = checked(x, target, n_heads, seed, recipe, watch)
@@ -206,7 +210,7 @@ def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
         if leg > 0 and recipe.takeovers:
             params = let_heads_take_over(params, fixed, x, recipe, rng)
 
-        adam = Adam(params)  # afresh: its means know nothing of heads put elsewhere
+        adam = Adam(params)  # afresh: its means belong to what heads did before
         for step in steps_of(leg, recipe):
             show_to(watch, step, recipe, {**params, **fixed})
             batch = rng.integers(len(x), size=recipe.batch)
@@ -225,8 +229,9 @@ def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
 class Adam:
     """The optimiser of Kingma and Ba, 2015, with its usual constants.
 
-    It steps by the gradient's running mean, divided by the root of that of its square.
-    Both begin at 0; what that takes from them in the first steps is given back.
+    A step is the running mean of the gradient over the root of the running mean of its
+    square. Both means start at 0, which makes them too small at first; that is
+    corrected.
     """
 
     def __init__(self, params):
@@ -235,7 +240,7 @@ class Adam:
         self.square = {name: np.zeros_like(params[name]) for name in params}
 
     def step(self, params, gradient, rate):
-        """The parameters one step further down; dicts of arrays."""
+        """The parameters after one step. params, gradient: dicts of arrays."""
         self.n_steps += 1
         moved = {}
         for name, slope in gradient.items():
@@ -248,9 +253,10 @@ class Adam:
 
 
 def gradient_at(params, fixed, x, target, variance, alpha, recipe):
-    """The gradient by the parameters, a dict; and the scalars of `loss_of_block`.
+    """The gradient with respect to the parameters, a dict; and the curves of one step.
 
-    Of a batch that is large, part by part: a mean over all is the mean of the parts'.
+    A large batch is taken in parts; its mean is the mean of theirs, weighted by their
+    sizes. alpha: absolute, not in variances.
     """
     total, scalars = {}, {}
     for part in gatedref.parts(len(x), bytes_of_gradient(x, len(params["W_Q"]))):
@@ -266,7 +272,10 @@ def gradient_at(params, fixed, x, target, variance, alpha, recipe):
 
 
 def loss_of_block(params, fixed, x, target, variance, alpha, recipe):
-    """The `gatedref.loss` of a gated block, divided by the variance of the target."""
+    """The `gatedref.loss` of a gated block over the target's variance, and the curves.
+
+    alpha: absolute, so that loss / variance = unexplained + alpha / variance * penalty.
+    """
     activation, p = recipe.activation, recipe.p
     block = {**params, **fixed}
     scalars = gatedref.loss(block, x, target, alpha, activation=activation, p=p)
@@ -335,8 +344,8 @@ def checked(x, target, n_heads, seed, recipe, watch):
     if watch is not None and not callable(watch):
         raise TypeError(f"watch must be None or a function, got {type(watch)}")
     if np.ndim(x) == 2:
-        found = f"got {np.shape(x)}; tokens are one-hot as np.eye(V)[tokens]"
-        raise ValueError(f"x must be of shape [S, T, D], {found}")
+        hint = "tokens are one-hot as np.eye(V)[tokens], one sequence is x[None]"
+        raise ValueError(f"x must be of shape [S, T, D], got {np.shape(x)}; {hint}")
 
     x = gatedref.check_array("x", x, "STD")
     sizes = gatedref.sizes_of("x", x, "STD")
@@ -378,8 +387,9 @@ def check_memory(x, n_gated, recipe):
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ValueError(
-            f"x must be smaller: {n_gated} heads at T = {T} and D = {D} need "
-            f"{needed / 2**30:.0f} GiB at once, and there are {there / 2**30:.0f}"
+            f"x [S, T, D] must be smaller: {n_gated} heads at T = {T} and D = {D} need "
+            f"{needed / 2**30:.0f} GiB, and there are {there / 2**30:.0f} (is the "
+            "first axis that of the sequences?)"
         )
 
 
@@ -404,17 +414,21 @@ def let_heads_take_over(params, fixed, x, recipe, rng):
 
 
 def take_over(params, look, frequency, p, reach, write):
-    """Spare heads take over the (query, key) pairs of tokens most expensive to share.
+    """Spare heads take over the (query, key) pairs that are most expensive to share.
 
-    1. The head whose gates cost least is the next to take over.
-    2. At each pair, all heads together write one vector. One head could write it alone,
-       with the attention of the head that writes most there (its *leader*), through a
-       gate of a certain width.
-    3. That would save what the penalty charges for the pair now, less the width.
-    4. The head is given the pair that saves most; it drops its old job. The gates of
-       all others are closed there. It attends like the leader, writes what all wrote
-       there together, and opens its gate as wide as that takes.
-    5. This is repeated, until a pair would save less than the head's own gates cost.
+    1. Of the heads that have not taken over yet, the one whose gates cost least is the
+       next to do so.
+    2. At each pair of tokens, all heads together write one vector. One head could write
+       it alone, with the attention of the head that writes most there (the pair's
+       *leader*), through a gate of width = norm / (the leader's attention * reach). A
+       pair that would take a width above 1 is left alone.
+    3. That would save what the penalty charges for the pair now, less the width, which
+       is what one head alone is charged.
+    4. The head is given the pair that saves most; it drops its old job. All gates are
+       closed there. Then it attends like the leader, writes what all wrote there
+       together, and opens its gate as wide as that takes.
+    5. This is repeated until the best pair would save no more than the next head's own
+       gates cost.
 
     An example, with p = 0.6 and a reach of 8: at a pair that is 1/50 of all pairs, two
     heads with gates of 0.1 write a vector of norm 0.8 together, where their leader's
@@ -425,15 +439,15 @@ def take_over(params, look, frequency, p, reach, write):
 
     look(params): returns `gate`, `pattern` and `value`, like `survey`. frequency [V,
     V]: see `pair_frequency`. p: of the penalty. reach: the norm that a head can write
-    through a gate of 1. write: `write_vector`, or a function like it. Returns the new
-    parameters.
+    through a gate and an attention of 1. write: `write_vector`, or a function like it.
+    Returns the new parameters.
     """
     params = {name: array.copy() for name, array in params.items()}
-    spare = list(range(len(params["W_Q"])))
-    while spare:
+    candidates = list(range(len(params["W_Q"])))
+    while candidates:
         gate, pattern, value = look(params)
-        costs = {head: cost_of(head, gate, frequency, p) for head in spare}
-        head = min(spare, key=costs.get)
+        costs = {head: cost_of(head, gate, frequency, p) for head in candidates}
+        head = min(candidates, key=costs.get)
 
         leader, width = widths(gate, pattern, value, reach)
         saved = frequency * (gatedref.charge(gate, p) - width)
@@ -442,7 +456,7 @@ def take_over(params, look, frequency, p, reach, write):
         if saved[query, key] <= costs[head]:
             break
 
-        spare.remove(head)
+        candidates.remove(head)
         together = np.sum(written_at(query, gate, pattern, value)[:, key], axis=0)
         close_gates(params, query, key)
         attend_like(params, head, leader[query, key])
@@ -586,7 +600,7 @@ defvjp(_clip_and_reopen, _reopening_vjp)
 # ---- The toy -------------------------------------------------------------------------
 
 
-@np.errstate(over="ignore", invalid="ignore")  # `check_finite` tells
+@np.errstate(over="ignore", invalid="ignore")  # `check_finite` reports overflows
 def descend(loss_of, layers, draw, recipe):
     """Trains anything else by the loop of `take_apart`: the same legs, the same Adam.
 
