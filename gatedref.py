@@ -659,7 +659,7 @@ def holders(result, answers, threshold=RIGHT, *, most=None):
     result = check_array("result", result, "NHV")
     N, H, V = result.shape
     answers = check_tokens(
-        "answers", answers, "S", V, sizes_of("result", result, "NHV")
+        "answers", answers, "N", V, sizes_of("result", result, "NHV")
     )
     most = H if most is None else min(check_whole("most", most, 1), H)
 
