@@ -1108,7 +1108,11 @@ def test_the_message_tells_what_would_be_right_and_where_it_was_wrong():
     assert "[0, 5), got 5 at (0, 1)" in message
     one_nan = np.where(np.arange(5) == 2, NAN, X)
     assert "nan at (0, 0, 2)" in refused(gatedref.attention, UNGATED, one_nan)
-    refused(grad(lambda x: gatedref.loss(PARAMS, x, X, 0.1)["loss"]), one_nan)
+
+    def loss_of(x):
+        return gatedref.loss(PARAMS, x, X, 0.1)["loss"]
+
+    assert "x must be finite" in refused(grad(loss_of), one_nan)
 
 
 @pytest.mark.parametrize(

@@ -355,11 +355,16 @@ def measures_of(seen, model, tokens):
 def heads_of(seen, model, words):
     """What the heads do that write most: a list of dicts, most first.
 
-    `by_key`: a head's share in all that is written from each of the commonest words.
+    `share`: of all that is written. `looks_at`: the key words that it writes most from.
+    `from`: the query words. `back`: the mean distance. `says`: the words that it makes
+    likelier, more than heads do on average. `hurts`: those whose loss rises most without
+    it. `by_key`: its share in what is written from each of the commonest words.
     """
-    amounts = np.sum(seen.by_key, axis=1)  # [H]
+    amounts = np.maximum(np.sum(seen.by_key, axis=1), 1e-30)  # [H]
     in_all = np.sum(seen.by_key, axis=0)  # [V]
-    said = seen.says @ model["W_U"]  # [H, V]
+    says = seen.says / amounts[:, None]
+    says = says - np.sum(seen.says, axis=0) / np.sum(amounts)  # than heads on average
+    said = says @ model["W_U"]  # [H, V]
     heads = []
     for head in np.argsort(-amounts)[: 2 * N_TOLD]:
         share = seen.by_key[head] / np.where(in_all > 0, in_all, 1)
@@ -369,8 +374,9 @@ def heads_of(seen, model, words):
                 "share": float(amounts[head] / np.sum(amounts)),
                 "looks_at": top_words(seen.by_key[head], words),
                 "from": top_words(seen.by_query[head], words),
-                "back": float(seen.distance[head] / max(amounts[head], 1e-30)),
+                "back": float(seen.distance[head] / amounts[head]),
                 "says": top_words(said[head], words),
+                "hurts": top_words(seen.rises[head], words),
                 "by_key": share[1 : COMMON + 1].tolist(),
             }
         )
@@ -407,13 +413,13 @@ def measures_table(rows):
 def heads_tables(rows):
     """What heads do, in the model of seed 0 and in its gated block."""
     tables = []
-    head = ["head", "of all", "looks at", "from", "back", "says"]
+    head = ["head", "of all", "looks at", "from", "back", "says", "hurts"]
     for row in rows:
         lines = []
         for told in row.get("heads", [])[:N_TOLD]:
             line = [told["head"], f"{told['share']:.0%}", in_code(told["looks_at"])]
             line += [in_code(told["from"]), f"{told['back']:.1f}"]
-            lines.append([*line, in_code(told["says"])])
+            lines.append([*line, in_code(told["says"]), in_code(told["hurts"])])
         if lines and row["key"] == MAIN:
             tables.append(common.table(head, lines))
     return tables
@@ -440,7 +446,8 @@ def draw(path, rows):
             ax.pcolormesh(cells[order], cmap="Greys", vmin=0, vmax=1, edgecolor="0.9")
             ax.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90)
             ax.set_yticks(np.arange(len(order)) + 0.5, heads[order])
-            ax.set(title=row["variant"], ylabel="head", ylim=(len(order), 0))
+            title = f"{row['variant']}: the {len(order)} heads that write most"
+            ax.set(title=title, ylabel="head", ylim=(len(order), 0))
 
 
 def order_of(cells):
