@@ -357,8 +357,8 @@ def heads_of(seen, model, words):
 
     `share`: of all that is written. `looks_at`: the key words that it writes most from.
     `from`: the query words. `back`: the mean distance. `says`: the words that it makes
-    likelier, more than heads do on average. `hurts`: those whose loss rises most without
-    it. `by_key`: its share in what is written from each of the commonest words.
+    likelier, more than heads do on average. `hurts`: those whose loss rises most when
+    it is gone. `by_key`: its share in what is written from each of the commonest words.
     """
     amounts = np.maximum(np.sum(seen.by_key, axis=1), 1e-30)  # [H]
     in_all = np.sum(seen.by_key, axis=0)  # [V]
