@@ -75,7 +75,7 @@ def main():
         variants = ("the model", *GATED, *TOP) if seed == 0 else ALWAYS
         for variant in variants:
             jobs.append({"key": MAIN, "variant": variant, "seed": seed})
-    for variant in ALWAYS:
+    for variant in ("the model", "this recipe"):
         jobs.append({"key": "8 heads of 8", "variant": variant, "seed": 0})
 
     def work_on_text(job, is_smoke):
