@@ -1290,9 +1290,6 @@ def test_other_arguments_write_nothing(arguments, tmp_path, monkeypatch):
 
 
 # ---- train.py: the takeover ----------------------------------------------------------
-# ---- train.py: the takeover ----------------------------------------------------------
-# ---- train.py: the takeover ----------------------------------------------------------
-# ---- train.py: the takeover ----------------------------------------------------------
 
 # All sequences of four tokens, one-hot. Each pair is a sixteenth of all pairs.
 ALL_SEQUENCES = np.eye(4)[list(itertools.product(range(4), repeat=4))]
@@ -1311,7 +1308,7 @@ def four_heads(gates):
     for name in ("W_Q", "b_Q", "W_V", "W_gate_Q", "W_gate_K"):
         params[name] = np.zeros_like(params[name])  # all attend alike, everywhere
     params["b_V"] = np.full((4, 2), 0.05)
-    params["W_O"] = np.repeat(rng.normal(size=(1, 1, 4)), 8, axis=1).reshape(4, 2, 4)
+    params["W_O"] = np.tile(rng.normal(size=4), (4, 2, 1))
     for (head, query, key), gate in gates.items():
         params["W_gate_Q"][head, query, key] = gate
         params["W_gate_K"][head, key, key] = 1
@@ -1329,39 +1326,32 @@ def after_takeover(params, frequency=1 / 16):
 
 def assert_gates_after(gates, expected, frequency=1 / 16):
     gate, _, _ = look(after_takeover(four_heads(gates), frequency))
-    found = {}
-    for place in np.argwhere(gate > 1e-9).tolist():
-        found[tuple(place)] = gate[tuple(place)]
+    places = np.argwhere(gate > 1e-9)
+    found = {tuple(place): gate[tuple(place)] for place in places}
     assert found == pytest.approx(expected)
 
 
-def test_a_spare_head_takes_over_the_pair_whose_sharing_costs_most():
+def test_a_spare_head_takes_over_the_pair_whose_sharing_costs_most_if_that_pays():
     gates = {**ALONE, **SHARED, **SHARED_LESS}
     assert_gates_after(gates, {**ALONE, **SHARED_LESS, (3, 2, 0): 0.8})
     rare = np.full((4, 4), 1 / 16)
     rare[2, 0] /= 10
     assert_gates_after(gates, {**ALONE, **SHARED, (3, 0, 2): 0.5}, rare)
-
-
-def test_nothing_is_taken_over_where_it_would_not_pay_or_cannot_be_done():
-    wide = {(3, 3, 3): 0.1, (0, 2, 0): 0.6, (1, 2, 0): 0.41}  # no gate writes so much
-    busy = {(3, 3, 3): 0.9, (0, 2, 0): 0.02, (1, 2, 0): 0.02}  # head 3 has more to do
-    assert_gates_after({**ALONE, **wide}, {**ALONE, **wide})
-    assert_gates_after({**ALONE, **busy}, {**ALONE, **busy})
+    wide = {**ALONE, (3, 3, 3): 0.1, (0, 2, 0): 0.6, (1, 2, 0): 0.41}
+    assert_gates_after(wide, wide)  # no gate of one head writes so much
+    busy = {**ALONE, (3, 3, 3): 0.9, (0, 2, 0): 0.02, (1, 2, 0): 0.02}
+    assert_gates_after(busy, busy)  # head 3 has more to do
 
 
 def test_a_head_that_takes_over_writes_what_all_wrote_there_and_the_rest_stays():
     before = four_heads({**ALONE, **SHARED})
     after = after_takeover(before)
-    together = []
-    for params in (before, after):
-        gate, pattern, value = look(params)
-        together.append(np.einsum("hqk,hqk,hkd->qkd", gate, pattern, value))
-    change = np.abs(together[1] - together[0])
-    largest = np.abs(together[0]).max()
-    assert change[2, 0].max() < 0.01 * largest  # a trace of the old weights is left
+    expected = np.einsum("hqk,hqk,hkd->qkd", *look(before))
+    change = np.einsum("hqk,hqk,hkd->qkd", *look(after)) - expected
+    trace = 0.01 * np.abs(expected).max()  # of the old weights, which is left
+    assert np.abs(change[2, 0]).max() < trace
     change[2, 0] = 0
-    assert change.max() < 1e-12
+    assert np.abs(change).max() < 1e-12
     for name in BLOCK:
         assert_same(after[name][:3], before[name][:3])
 
@@ -1388,15 +1378,14 @@ def test_pairs_are_as_frequent_as_in_the_mean_that_the_penalty_takes():
 
 
 def test_a_stuck_gate_gets_a_gradient_only_where_a_step_downhill_leads_back():
-    scores = np.array([-1.0, 0.0, 0.3, 1.0, 2.0])
-    assert_same(train.reopening(scores), gatedref.clamp(scores))
-
     def loss(scores, slope):
         return slope * train.reopening(scores)
 
+    scores = np.array([-1.0, 0.0, 0.3, 1.0, 2.0])
+    assert_same(train.reopening(scores), gatedref.clamp(scores))
     rising = elementwise_grad(loss)(scores, 0.2)
-    assert_same(rising, [0, 0.2, 0.2, 0.2, 0.2])
     falling = elementwise_grad(loss)(scores, -0.3)
+    assert_same(rising, [0, 0.2, 0.2, 0.2, 0.2])
     assert_same(falling, [-0.3, -0.3, -0.3, -0.3, 0])
 
 
@@ -1433,32 +1422,30 @@ def test_the_first_step_of_a_leg_moves_each_parameter_by_the_rate():
     block, _ = train.take_apart(ONE_HOT, TARGET, 2, recipe=recipe, watch=watch)
     assert list(seen) == [0, 0.5, 1]
     assert seen[1] is block["W_O"]
-    for begin, rate in ((0, 0.01), (0.5, 0.005)):
-        moved = np.abs(seen[begin + 0.5] - seen[begin])
-        at_rate = np.isclose(moved, rate, rtol=1e-3)
-        assert (at_rate | (moved < 1e-9)).all()
-        assert at_rate.mean() > 0.5
+    for done, rate in ((0, 0.01), (0.5, 0.005)):
+        moved = np.abs(seen[done + 0.5] - seen[done])
+        moved = moved[moved > 1e-9]
+        assert len(moved) > 100
+        np.testing.assert_allclose(moved, rate, rtol=1e-3)
 
 
 def test_training_minimises_the_loss_of_the_reference_over_the_targets_variance():
     """On one sequence every batch is the whole, so the first step can be foretold."""
-    x = np.eye(8)[[[7, 0, 3, 2, 6, 1, 4, 5]]]
+    x = np.eye(8)[None]
     target = gatedref.attention(HANDMADE, x)["attn_out"]
     variance = target.var(axis=(0, 1)).mean()
-    recipe = SHORT._replace(alpha=8.0, d_head=3)
+    recipe = SHORT._replace(alpha=8.0, d_head=3, takeovers=False)
     gated, curves = train.take_apart(x, target, 2, seed=5, recipe=recipe)
     start = gatedref.init_params(8, 8, 3, 5, d_gate=2)
     start["value_scale"] = 2 * np.abs(target).max()
     assert gated["value_scale"] == start["value_scale"]
     expected = gatedref.loss(start, x, target, 8 * variance)
-    now = curves[0]
-    assert now["penalty"] == pytest.approx(expected["penalty"])
-    assert now["loss"] == pytest.approx(expected["loss"] / variance)
-    assert now["unexplained"] == pytest.approx(expected["mse"] / variance)
-
-    growing = recipe._replace(alpha_growth=0.5, takeovers=False)
+    assert curves[0]["penalty"] == pytest.approx(expected["penalty"])
+    assert curves[0]["loss"] == pytest.approx(expected["loss"] / variance)
+    assert curves[0]["unexplained"] == pytest.approx(expected["mse"] / variance)
+    growing = recipe._replace(alpha_growth=0.5)
     _, curves = train.take_apart(x, target, 2, recipe=growing)
-    for step, alpha in ((0, 0), (3, 4), (6, 8), (11, 8)):
+    for step, alpha in ((0, 0), (3, 4), (11, 8)):
         now = curves[step]
         expected = now["unexplained"] + alpha * now["penalty"]
         assert now["loss"] == pytest.approx(expected)
@@ -1486,8 +1473,7 @@ def test_a_seed_makes_the_same_block_again_and_another_seed_another(tmp_path):
         assert (first[name] != other[name]).any()
     np.save(tmp_path / "target.npy", TARGET)
     mapped = np.load(tmp_path / "target.npy", mmap_mode="r")
-    permuted = np.transpose(np.transpose(TARGET, (2, 0, 1)).copy(), (1, 2, 0))
-    for target in (TARGET.tolist(), np.asfortranarray(TARGET), mapped, permuted):
+    for target in (TARGET.tolist(), np.asfortranarray(TARGET), mapped):
         again, _ = train.take_apart(ONE_HOT.astype(int), target, 2, recipe=SHORT)
         assert digest(again.values()) == digest(first.values())
 
@@ -1536,19 +1522,16 @@ def test_take_apart_refuses_by_name():
     assert_refuses("watch", watch="progress")
     large = np.ones((1, 10**5, 1))
     assert_refuses("GiB", x=large, target=large)
-    diverging = SHORT._replace(rate=1e300)
-    assert_refuses("not finite at step", recipe=diverging)
-
-
-def test_take_apart_refuses_a_recipe_by_the_name_of_what_is_wrong_in_it():
+    assert_refuses("Recipe", recipe=SHORT._asdict())
+    assert_refuses("recipe.d_gate", recipe=train.TOY)
     wrong = {"steps": 50.0, "batch": 0, "rate": -1, "value_scale": 0, "p": 0}
     wrong.update({"alpha": -1, "alpha_growth": 1.1, "takeovers": 2})
     wrong.update({"activation": "clamp", "rate_factors": (1, 0)})
     for name, value in wrong.items():
         recipe = SHORT._replace(**{name: value})
         assert_refuses(f"recipe.{name}", recipe=recipe)
-    assert_refuses("recipe.d_gate", recipe=train.TOY)
-    assert_refuses("Recipe", recipe=SHORT._asdict())
+    diverging = SHORT._replace(rate=1e300)
+    assert_refuses("not finite at step", recipe=diverging)
 
 
 def test_a_toy_learns_its_trigrams():
@@ -1584,7 +1567,7 @@ def test_a_model_is_judged_by_what_its_heads_write_and_by_what_it_says():
     assert found["holders"] == [[(0,)], [(0,), (1,)]]
     assert found["shares"] == [[0.75, 0.25], [0.5, 0.5]]
     assert gatedref.share_of(found) == 0.625
-    together = [[[2, 0, 0], [2, 0, 0], [0, 3, 0]]]
+    together = [[[2, 0], [2, 0], [0, 3]]]
     assert gatedref.holders(together, [0]) == [(0, 1)]
     assert gatedref.holders(together, [0], most=1) == []  # the search can be ended
 
@@ -1593,18 +1576,14 @@ def test_apart_is_right_on_each_answer_with_a_head_of_its_own_for_each():
     first, second, both = [(0,)], [(1,)], [(0, 1)]
     either, third = [*first, *second], [(2,)]
     eight = [(head,) for head in range(8)]
-    for apart in (
-        [first, second],
-        [either, first],
-        [either, either, third],
-        [eight] * 8,
-    ):
-        found = {"accuracy": [1.0] * len(apart), "holders": apart}
+    apart = [[first, second], [either, first], [either, either, third], [eight] * 8]
+    for holders in apart:
+        found = {"accuracy": [1.0] * len(holders), "holders": holders}
         assert gatedref.is_apart(found)
         found["accuracy"][0] = gatedref.RIGHT
         assert not gatedref.is_apart(found)
-    for shared in ([first, first], [first, both], [first, []], [eight] * 10):
-        found = {"accuracy": [1.0] * len(shared), "holders": shared}
+    for holders in ([first, first], [first, both], [first, []], [eight] * 10):
+        found = {"accuracy": [1.0] * len(holders), "holders": holders}
         assert not gatedref.is_apart(found)
 
 
@@ -1659,80 +1638,18 @@ def test_answers_are_due_at_the_only_trigram_and_lures_are_before_any_A():
             assert lures[position] == (token + 3 if is_lure else -1)
 
 
-# ---- train.py: the command -----------------------------------------------------------
-
-ROOT = Path(train.__file__).parent
-FIGURES = ROOT / "figures"
+# ---- What the method cannot do, and a word model -------------------------------------
 
 
-def arrays_in(folder, prefix):
-    """The arrays of blocks.npz whose names begin so."""
-    with np.load(folder / "blocks.npz") as arrays:
-        names = [name for name in arrays if name.startswith(prefix)]
-        return {name.removeprefix(prefix): arrays[name] for name in names}
-
-
-def rows_in(folder, name):
-    return json.loads((folder / f"{name}.json").read_text())
-
-
-def test_a_quick_run_writes_every_file_whatever_the_users_settings_are(tmp_path):
-    rival = tmp_path / "installed" / "figures"  # there is a package of this name
-    rival.mkdir(parents=True)
-    (rival / "__init__.py").write_text("raise ImportError")
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    environment = {**os.environ, "PYTHONPATH": str(rival.parent)}
-    environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    environment["MATPLOTLIBRC"] = str(tmp_path / "matplotlibrc")
-    out = tmp_path / "out"
-    program = [sys.executable, train.__file__, "--quick", "--seed", "3", "--out", out]
-    pipe = subprocess.PIPE
-    done = subprocess.run(
-        program, env=environment, stdout=pipe, stderr=pipe, check=True
-    )
-    assert done.stderr == b""
-    names = {path.name for path in out.iterdir()}
-    assert names == {"main.json", "blocks.npz", "before_after.png", "gates.png"}
-    rows = rows_in(out, "main")
-    assert [row["key"] for row in rows] == list(train.SETTINGS)
-    assert [row["seed"] for row in rows] == [3, 3, 3]
-    assert b"| 4H5T | " in done.stdout
-    gated = arrays_in(out, "3H4T/gated/")
-    gate = gatedref.gated_attention(gated, np.eye(10)[None])["gate"][0]
-    assert_close(rows[1]["gates_at_A"], gate[:, :, 0], 4)
-
-
-def test_a_wrong_option_or_folder_is_known_before_training(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    below = str(tmp_path / "file" / "below")
-    for arguments in (["--seed", "-1"], ["--seed", "2"], ["--fast"], ["--out", below]):
-        with pytest.raises(SystemExit) as stop:
-            train.main(arguments)
-        assert stop.value.code == 2
-        assert "train.py: error: " in capsys.readouterr().err
-
-
-def test_a_trigram_that_changed_hands_is_told_in_a_sentence():
-    row = {"key": "2H3T", "holders_toy": [[(0, 1)], [(1,)], [(0, 1)], []]}
-    row["holders_gated"] = [[(5,)], [(2,)], [(4,)], [(3,), (4,)]]
-    row["accuracy_toy"] = [1.0] * 4
-    row["accuracy_gated"] = [1.0, 1.0, 0.98, 1.0]  # the block is wrong on the third
-    sentence = "2H3T: B1 took heads 0 and 1 together; now head 5 holds it alone."
-    assert before_after.changes_of_hands(row) == [sentence]
-
-
-# ---- What the method cannot do -------------------------------------------------------
+def assert_kind(kind, in_one_layer, *holders, accuracy=1.0):
+    found = {"shares": [[0.25] * 4] * 2, "holders": [[(0,)], [*holders]]}
+    found["accuracy"] = [1.0, accuracy]
+    assert layers.kind_of(found, 2, least=0.98) == kind
+    assert layers.kind_of(found, 1, least=0.98) == in_one_layer
 
 
 def test_a_trigram_is_across_if_no_heads_of_one_layer_hold_it():
     """Of two layers with two heads each; heads 0 and 1 are in the first one."""
-
-    def assert_kind(kind, in_one_layer, *more, accuracy=1.0):
-        found = {"shares": [[0.25] * 4] * 2, "holders": [[(0,)], [*more]]}
-        found["accuracy"] = [1.0, accuracy]
-        assert layers.kind_of(found, 2, least=0.98) == kind
-        assert layers.kind_of(found, 1, least=0.98) == in_one_layer
-
     assert_kind("apart", "apart", (2,))
     assert_kind("wrong", "wrong", (2,), accuracy=0.98)
     assert_kind("within one", "shared", (2, 3))
@@ -1780,14 +1697,11 @@ def test_how_heads_share_queries_is_read_off_their_gates():
 
 
 def test_a_trained_block_attends_alike_to_all_and_its_gates_see_no_number():
-    recipe = overlap.RECIPE._replace(d_head=2, steps=10)
-    block = overlap.train_block(0, recipe)
-    x, _ = overlap.sample_copies(5, np.random.default_rng(0))
-    stages = gatedref.gated_attention(block, x)
-    np.testing.assert_allclose(stages["pattern"][:, :, 3], 0.25)
-    x[:, :, 4:] = 0
-    without = gatedref.gated_attention(block, x)
-    assert_same(stages["gate_scores"], without["gate_scores"])
+    block = overlap.train_block(0, overlap.RECIPE._replace(d_head=2, steps=10))
+    for name in ("W_Q", "W_K", "b_Q", "b_K"):
+        assert not block[name].any()
+    for name in ("W_gate_Q", "W_gate_K"):
+        assert not block[name][:, 4:].any()
 
 
 def test_a_wide_head_takes_over_what_two_wrote_together():
@@ -1822,7 +1736,7 @@ def test_what_a_head_writes_for_two_signals_lies_between_that_for_each_twice():
     """A proof that no gate can make a head speak for a pair, and else be silent."""
     params = normal_params(sizes={"H": 5, "D": 22, "K": 3, "G": 2}, scale=1)
     written, weight = {}, {}
-    for pair in ((1, 1), (2, 2), (1, 2), (2, 1)):
+    for pair in ((1, 1), (2, 2), (1, 2)):
         tokens = [*pair, 7, 9, 9, 0]
         block = gatedref.gated_attention(params, np.eye(22)[[tokens]])
         written[pair] = block["result"][0, -1]  # [H, D]
@@ -1831,14 +1745,12 @@ def test_what_a_head_writes_for_two_signals_lies_between_that_for_each_twice():
     first = weight[1, 1] / (weight[1, 1] + weight[2, 2])
     mean = first * written[1, 1] + (1 - first) * written[2, 2]
     assert_close(written[1, 2], mean, 12)
-    assert_close(written[2, 1], mean, 12)
     assert np.abs(mean).max() > 0.1
 
 
 def test_heads_at_two_sources_meet_only_in_a_penalty_by_query():
     apart, alone = np.zeros((2, 1, 2, 6, 6))
-    apart[0, 0, 5, 1] = 1  # head 0 looks at one source,
-    apart[0, 1, 5, 2] = 1  # head 1 at the other
+    apart[0, 0, 5, 1] = apart[0, 1, 5, 2] = 1  # each head looks at one source
     alone[0, 0, 5, 1:3] = 1  # head 0 looks at both
     charged = gatedref.lp_penalty(alone)
     assert gatedref.lp_penalty(apart) == charged
@@ -1858,9 +1770,6 @@ def test_a_pair_is_of_the_kind_of_the_fewest_heads_that_hold_it():
     kinds = ["one head"] * 10
     kinds[1:4] = ["wrong", "two", "three or more"]
     assert sources.kinds_of(result, answers) == kinds
-
-
-# ---- In the wild: a word model -------------------------------------------------------
 
 
 def test_how_heads_share_what_is_written_is_measured_by_pair_and_by_word():
@@ -1900,8 +1809,9 @@ def test_a_head_is_as_harmful_as_the_loss_rises_without_it_on_the_word_that_come
 
 def test_the_models_own_block_in_its_place_recovers_all_and_top_1_keeps_one_head():
     text = wild.text_of()
+    tokens = text.held_out[:8]
     model = wild.train_model(2, 4, 0, text.train, train.shortened(SHORT, True))
-    block, tokens = wild.block_of(model), text.held_out[:8]
+    block = wild.block_of(model)
     seen = wild.observe(block, None, model, tokens)
     measured = wild.measures_of(seen, model, tokens)
     assert measured["unexplained"] == 0
@@ -1923,7 +1833,65 @@ def test_no_sequence_of_the_text_is_both_learnt_from_and_held_out(tmp_path):
             wild.text_of(tmp_path / name)
 
 
-# ---- The scripts and the pages -------------------------------------------------------
+# ---- The command, the scripts and the pages ------------------------------------------
+
+FIGURES = Path(train.__file__).with_name("figures")
+PAGES = [FIGURES.parent / "README.md", FIGURES / "README.md"]
+MODULES = ("__init__", "common", "before_after")  # they are no scripts
+ROWS = sorted(path.stem for path in FIGURES.glob("*.json"))
+SCRIPTS = sorted(path.stem for path in FIGURES.glob("*.py"))
+
+
+def arrays_in(folder, prefix):
+    """The arrays of blocks.npz whose names begin so."""
+    with np.load(folder / "blocks.npz") as arrays:
+        names = [name for name in arrays if name.startswith(prefix)]
+        return {name.removeprefix(prefix): arrays[name] for name in names}
+
+
+def rows_in(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_a_quick_run_writes_every_file_whatever_the_users_settings_are(tmp_path):
+    rival = tmp_path / "installed" / "figures"  # there is a package of this name
+    rival.mkdir(parents=True)
+    (rival / "__init__.py").write_text("raise ImportError")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    environment = {**os.environ, "PYTHONPATH": str(rival.parent)}
+    environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    environment["MATPLOTLIBRC"] = str(tmp_path / "matplotlibrc")
+    out = tmp_path / "out"
+    program = [sys.executable, train.__file__, "--quick", "--seed", "3", "--out", out]
+    done = subprocess.run(program, env=environment, capture_output=True, check=True)
+    assert done.stderr == b""
+    names = {path.name for path in out.iterdir()}
+    assert names == {"main.json", "blocks.npz", "before_after.png", "gates.png"}
+    rows = rows_in(out, "main")
+    assert [row["key"] for row in rows] == list(train.SETTINGS)
+    assert [row["seed"] for row in rows] == [3, 3, 3]
+    assert b"| 4H5T | " in done.stdout
+    gated = arrays_in(out, "3H4T/gated/")
+    gate = gatedref.gated_attention(gated, np.eye(10)[None])["gate"][0]
+    assert_close(rows[1]["gates_at_A"], gate[:, :, 0], 4)
+
+
+def test_a_wrong_option_or_folder_is_known_before_training(capsys):
+    below = f"{train.__file__}/below"  # a file is no folder
+    for arguments in (["--seed", "-1"], ["--seed", "2"], ["--fast"], ["--out", below]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+        assert stop.value.code == 2
+        assert "train.py: error: " in capsys.readouterr().err
+
+
+def test_a_trigram_that_changed_hands_is_told_in_a_sentence():
+    row = {"key": "2H3T", "holders_toy": [[(0, 1)], [(1,)], [(0, 1)]]}
+    row["holders_gated"] = [[(5,)], [(2,)], [(4,)]]
+    row["accuracy_toy"] = [1.0, 1.0, 1.0]
+    row["accuracy_gated"] = [1.0, 1.0, 0.98]  # the block is wrong on the third
+    sentence = "2H3T: B1 took heads 0 and 1 together; now head 5 holds it alone."
+    assert before_after.changes_of_hands(row) == [sentence]
 
 
 def test_a_run_goes_on_from_whole_rows_of_the_same_recipe(tmp_path, monkeypatch):
@@ -1944,12 +1912,6 @@ def test_a_run_goes_on_from_whole_rows_of_the_same_recipe(tmp_path, monkeypatch)
         rows = common.run("squares", jobs, work, options, recipe)
         assert rows == [{"seed": seed, "square": seed**2} for seed in range(3)]
     assert done == [0, 1, 2, 2, 0, 1, 2]
-
-
-PAGES = [ROOT / "README.md", FIGURES / "README.md"]
-MODULES = ("__init__", "common", "before_after")  # they are no scripts
-ROWS = sorted(path.stem for path in FIGURES.glob("*.json"))
-SCRIPTS = sorted(path.stem for path in FIGURES.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -1998,6 +1960,5 @@ def test_the_example_in_the_readme_is_what_the_stored_blocks_write():
         expected += [*after[head], *after.sum(axis=0), *gate[head, 1:4, 0]]
         lines = re.findall(rf"^\| B{i} (.*)", PAGES[0].read_text(), re.MULTILINE)
         cells = re.findall(r"-?\d+\.?\d*", " ".join(lines))
-        np.testing.assert_allclose(
-            [float(cell) for cell in cells], expected, atol=0.006
-        )
+        found = [float(cell) for cell in cells]
+        np.testing.assert_allclose(found, expected, atol=0.006)
