@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -1538,6 +1539,25 @@ def test_take_apart_refuses_by_name():
     assert_refuses("not finite at step", recipe=diverging)
 
 
+def test_any_residual_stream_can_be_taken_apart():
+    """Positions in x, and D no vocabulary: a block learns what another block writes."""
+    rng = np.random.default_rng(0)
+    embedding, positions = rng.normal(size=(6, 12)), rng.normal(size=(9, 12))
+    x = embedding[rng.integers(6, size=(300, 9))] + positions
+    model = gatedref.init_params(2, 12, 3, seed=1)
+    target = gatedref.attention(model, x)["attn_out"]
+    recipe = train.RESIDUAL._replace(steps=200, rate=0.02, d_head=3, alpha=0.0)
+    gated, _ = train.take_apart(x, target, 2, recipe=recipe)
+    assert gated["W_Q"].shape == (2 * recipe.expansion, 12, 3)
+    attn_out = gatedref.gated_attention(gated, x)["attn_out"]
+    assert gatedref.unexplained(attn_out, target) < 0.05
+
+
+def test_recipes_can_be_sent_to_another_process():
+    for recipe in (train.RECIPE, train.RESIDUAL, train.PUBLISHED, train.TOY):
+        assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
 def test_a_toy_learns_its_trigrams():
     toy = train.train_toy(2, 2, 0, train.TOY._replace(steps=400))
     task = train.skip_trigram_task(2, 1000, seed=1)
@@ -1890,6 +1910,22 @@ def test_a_wrong_option_or_folder_is_known_before_training(capsys):
         assert "train.py: error: " in capsys.readouterr().err
 
 
+def test_a_file_copied_alone_says_what_it_misses(tmp_path):
+    shutil.copy(train.__file__, tmp_path)
+    program = [sys.executable, tmp_path / "train.py"]
+    for needed in ("gatedref.py", "figures"):
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert done.stderr == f"train.py: {needed} must lie beside it\n"
+        shutil.copy(gatedref.__file__, tmp_path)
+
+
+def test_importing_train_changes_nothing_in_the_process():
+    code = "import os; before = dict(os.environ); import train; "
+    code += "import sys; assert dict(os.environ) == before; "
+    code += "assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=FIGURES.parent)
+
+
 def test_a_trigram_that_changed_hands_is_told_in_a_sentence():
     row = {"key": "2H3T", "holders_toy": [[(0, 1)], [(1,)], [(0, 1)]]}
     row["holders_gated"] = [[(5,)], [(2,)], [(4,)]]
@@ -1917,6 +1953,16 @@ def test_a_run_goes_on_from_whole_rows_of_the_same_recipe(tmp_path, monkeypatch)
         rows = common.run("squares", jobs, work, options, recipe)
         assert rows == [{"seed": seed, "square": seed**2} for seed in range(3)]
     assert done == [0, 1, 2, 2, 0, 1, 2]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "film.gif"
+    common.write(path, b"good")
+    with pytest.raises(OSError), common.beside(path) as part:
+        part.write_bytes(b"to")
+        raise OSError("disk full")
+    assert path.read_bytes() == b"good"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", ROWS)
