@@ -58,7 +58,8 @@ class Recipe(NamedTuple):
     steps: int  # of Adam: enough for the curves to become flat
     batch: int  # sequences a step, drawn anew from all that were recorded
     rate: float  # of Adam: half to a fifth of what makes the loss jump
-    rate_factors: tuple  # times the rate, for equal parts of the steps, the *legs*
+    rate_factors: tuple = (1.0, 1.0, 1.0, 0.3, 0.1)  # times the rate, for equal parts
+    # of the steps, the *legs*: takeovers between them, and small steps in the end
 
     # What follows is for gated blocks only.
     expansion: int = None  # times the heads of the model: spare ones can take over
@@ -80,7 +81,6 @@ RECIPE = Recipe(
     steps=1600,
     batch=40,
     rate=0.01,
-    rate_factors=(1.0, 1.0, 1.0, 0.3, 0.1),
     expansion=4,
     d_head=4,
     d_gate=2,
@@ -97,7 +97,6 @@ RESIDUAL = Recipe(
     steps=2500,
     batch=8,
     rate=0.002,
-    rate_factors=(1.0, 1.0, 1.0, 0.3, 0.1),
     expansion=12,
     d_head=32,
     d_gate=8,
@@ -123,7 +122,7 @@ PUBLISHED = Recipe(
     alpha=1.2,
 )
 
-TOY = Recipe(steps=1500, batch=40, rate=0.05, rate_factors=(1.0, 1.0, 1.0, 0.3, 0.1))
+TOY = Recipe(steps=1500, batch=40, rate=0.05)
 
 
 def check_recipe(recipe):
