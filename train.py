@@ -870,8 +870,13 @@ def parse(argv):
 def shortened(recipe, is_smoke):
     """The recipe; for a smoke run of seconds one by which nothing is learnt."""
     if is_smoke:
-        return recipe._replace(steps=10, rate_factors=(1.0, 1.0))
+        return recipe._replace(steps=4, rate_factors=(1.0, 1.0))
     return recipe
+
+
+def n_fresh(is_smoke):
+    """On how many fresh sequences a model is judged; a few will do in a smoke run."""
+    return 500 if is_smoke else 10_000
 
 
 def run_setting(key, seed, is_smoke):
@@ -904,7 +909,8 @@ def run_setting(key, seed, is_smoke):
     params = {f"toy/{name}": array for name, array in toy.items()}
     for name, array in gated.items():
         params[f"gated/{name}"] = array
-    row = row_of(toy, gated, fresh_task(n_trigrams, seed))
+    task = fresh_task(n_trigrams, seed, n_fresh(is_smoke))
+    row = row_of(toy, gated, task)
     return {"key": key, "seed": seed, **row}, params
 
 

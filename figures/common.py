@@ -126,11 +126,6 @@ def find_row(job, rows):
     return None
 
 
-def n_fresh(is_smoke):
-    """On how many fresh sequences a model is judged; a few will do in a smoke run."""
-    return 500 if is_smoke else 10_000
-
-
 KEPT = ("apart", "share", "unexplained", "fires_without_A", "holders", "accuracy")
 
 
@@ -259,27 +254,34 @@ def picture(path, title, height, n_rows, n_columns, **options):
                 entries.setdefault(label, handle)
         if entries:
             handles, labels = entries.values(), entries.keys()
-            figure.legend(handles, labels, loc="outside lower center", ncols=6)
+            ncols = n_columns_of(labels)
+            figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     write(path, file.getvalue())
 
 
-def bars(path, title, counts, colours, counted):
-    """A bar for each name, from top to bottom, of how many are of each kind.
+def n_columns_of(labels):
+    """How many entries of a legend stand side by side: all, if they are short."""
+    return 6 if max(len(label) for label in labels) < 25 else 2
 
-    counts: {name: {kind: how many}}, each a Counter. colours: {kind: colour}, in the
-    order of the legend; kinds that never occur are left out. counted: the word for what
-    is counted.
+
+def bars(path, title, counts, kinds, counted):
+    """A bar for each name, from top to bottom: which part of all is of each kind.
+
+    counts: {name: {kind: how many}}, each a Counter. kinds: {kind: (colour, words for
+    the legend)}, in the order of the legend; kinds that never occur are left out.
+    counted: the word for what is counted.
     """
-    names = list(counts)
+    totals = {name: sum(of_name.values()) for name, of_name in counts.items()}
+    names = [f"{name} ({total})" for name, total in totals.items()]
     left = np.zeros(len(names))
     with picture(path, title, 1.3 + 0.3 * len(names), 1, 1) as axes:
         ax = axes[0, 0]
-        for kind, colour in colours.items():
-            lengths = np.array([counts[name][kind] for name in names])
-            if lengths.any():
-                ax.barh(names, lengths, left=left, color=colour, label=kind)
-            left = left + lengths
-        ax.set(xlabel=counted, xlim=(0, max(left)), ylim=(len(names) - 0.5, -0.5))
-        ax.locator_params(axis="x", integer=True)
+        for kind, (colour, words) in kinds.items():
+            parts = [counts[name][kind] / totals[name] for name in counts]
+            if any(parts):
+                ax.barh(names, parts, left=left, color=colour, label=words)
+            left = left + parts
+        xlabel = f"part of the {counted} (how many there are: in brackets)"
+        ax.set(xlabel=xlabel, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))

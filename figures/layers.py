@@ -46,12 +46,12 @@ VARIANTS = {
     "1H3T": (TOY, EACH_LAYER, ONE_PENALTY, ONE_BLOCK, NO_PENALTY),
     "2H7T": (TOY, ONE_BLOCK, NO_PENALTY),
 }
-COLOURS = {
-    "apart": "#332288",  # each trigram has a head of its own
-    "shared": "#88CCEE",  # not so, in one block
-    "within one": "#44AA99",  # not so, but each trigram is held by heads of one layer
-    "across": "#DDCC77",  # some trigram is held only by heads of both layers together
-    "wrong": "#BBBBBB",  # some trigram is not right
+KINDS = {
+    "apart": ("#332288", "apart: a head of its own for each trigram"),
+    "shared": ("#88CCEE", "shared: in one block, heads share a trigram"),
+    "within one": ("#44AA99", "within one: heads of one layer share a trigram"),
+    "across": ("#DDCC77", "across: a trigram takes heads of both layers"),
+    "wrong": ("#BBBBBB", "wrong: a trigram is not right"),
 }
 
 RECIPES = {
@@ -80,7 +80,7 @@ def work(job, is_smoke):
     _, n_trigrams, least = TOYS[job["key"]]
     seed, variant = job["seed"], job["variant"]
     toy, n_drawn = toy_across(job["key"], seed, is_smoke)
-    task = train.fresh_task(n_trigrams, seed, common.n_fresh(is_smoke))
+    task = train.fresh_task(n_trigrams, seed, train.n_fresh(is_smoke))
     if variant == TOY:
         return {**row_of(toy, toy, task, least), "drawn": n_drawn}
 
@@ -197,7 +197,7 @@ def row_of(layers, toy, task, least):
 
 
 def kind_of(found, n_layers, least=0.99):
-    """One of `COLOURS`, for what `judge` found of one layer, or of two of one size.
+    """One of `KINDS`, for what `judge` found of one layer, or of two of one size.
 
     least: how often each trigram must be right.
     """
@@ -223,13 +223,13 @@ def is_across(sets, n_in_first):
 
 
 def tables_of(rows):
-    head = ["toys", "variant", *COLOURS, "share", "unexplained", "most"]
+    head = ["toys", "variant", *KINDS, "share", "unexplained", "most"]
     lines = []
     for (key, variant), group in common.grouped(rows, "key", "variant").items():
         kinds = Counter(row["kind"] for row in group)
         share = np.mean([row["share"] for row in group])
         left = [row["unexplained"] for row in group]
-        line = [key, variant, *(kinds[kind] for kind in COLOURS)]
+        line = [key, variant, *(kinds[kind] for kind in KINDS)]
         line += [f"{share:.2f}", f"{np.median(left):.4f}", f"{max(left):.4f}"]
         lines.append(line)
     return [common.table(head, lines)]
@@ -239,7 +239,7 @@ def draw(path, rows):
     counts = {}
     for (key, variant), group in common.grouped(rows, "key", "variant").items():
         counts[f"{key}: {variant}"] = Counter(row["kind"] for row in group)
-    common.bars(path, "How two layers hold their trigrams", counts, COLOURS, "toys")
+    common.bars(path, "How two layers hold their trigrams", counts, KINDS, "toys")
 
 
 if __name__ == "__main__":

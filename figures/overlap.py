@@ -30,11 +30,11 @@ VARIANTS = {
     "width 2": (2, False),
     "width 2, takeovers": (2, True),
 }
-COLOURS = {
-    "one a query": "#332288",  # each query has a head of its own, and no other
-    "several a query": "#88CCEE",  # no head serves two queries, but two heads serve one
-    "shared": "#DDCC77",  # some head serves two queries
-    "wrong": "#BBBBBB",  # more than 1% of the variance is unexplained
+KINDS = {
+    "one a query": ("#332288", "one a query: one head for each query"),
+    "several a query": ("#88CCEE", "several a query: no head serves two queries"),
+    "shared": ("#DDCC77", "shared: some head serves two queries"),
+    "wrong": ("#BBBBBB", "wrong: more than 1% is unexplained"),
 }
 N_HEADS = 6
 RECIPE = train.RECIPE._replace(
@@ -203,18 +203,18 @@ def tables_of(rows):
     lines = []
     for (variant,), group in common.grouped(rows, "variant").items():
         kinds = Counter(row["kind"] for row in group)
-        line = [variant, *(kinds[kind] for kind in COLOURS)]
+        line = [variant, *(kinds[kind] for kind in KINDS)]
         for name in ("unexplained", "loss"):
             line.append(f"{np.median([row[name] for row in group]):.4f}")
         lines.append(line)
-    return [common.table(["variant", *COLOURS, "unexplained", "loss"], lines)]
+    return [common.table(["variant", *KINDS, "unexplained", "loss"], lines)]
 
 
 def draw(path, rows):
     counts = {}
     for (variant,), group in common.grouped(rows, "variant").items():
         counts[variant] = Counter(row["kind"] for row in group)
-    common.bars(path, "Do heads serve several queries?", counts, COLOURS, "blocks")
+    common.bars(path, "Do heads serve several queries?", counts, KINDS, "blocks")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def work(job, is_smoke):
         x = np.eye(target.shape[2])[tokens]
         recipe = train.shortened(train.RECIPE, is_smoke)
         gated, _ = train.take_apart(x, target, n_heads, seed=seed, recipe=recipe)
-    task = train.fresh_task(n_trigrams, seed, common.n_fresh(is_smoke))
+    task = train.fresh_task(n_trigrams, seed, train.n_fresh(is_smoke))
     return common.kept_of(train.verdict(train.writes([gated]), [toy], task))
 
 

@@ -31,11 +31,11 @@ import gatedref
 import train
 from figures import common
 
-COLOURS = {  # by how many heads a pair is held, at least
-    "one head": "#332288",
-    "two": "#88CCEE",
-    "three or more": "#DDCC77",
-    "wrong": "#BBBBBB",  # not even by all heads
+KINDS = {  # by the fewest heads that hold a pair
+    "one head": ("#332288", "one head"),
+    "two": ("#88CCEE", "two heads"),
+    "three or more": ("#DDCC77", "three or more"),
+    "wrong": ("#BBBBBB", "not even all heads"),
 }
 RECIPE = train.RECIPE._replace(
     steps=1200, rate=0.02, expansion=3, d_head=1, d_gate=1, takeovers=False, alpha=0.1
@@ -171,7 +171,7 @@ def row_of(attend, params, toy, seed):
 
 
 def kinds_of(result, answers):
-    """One of `COLOURS` for each pair, by the fewest heads that hold it.
+    """One of `KINDS` for each pair, by the fewest heads that hold it.
 
     result: [S, H, pair], what each head writes. answers: [S].
     """
@@ -198,14 +198,14 @@ def tables_of(rows):
     lines = []
     for (variant,), group in common.grouped(rows, "variant").items():
         median = np.median([row["unexplained"] for row in group])
-        numbers = [counts[variant][kind] for kind in COLOURS]
+        numbers = [counts[variant][kind] for kind in KINDS]
         lines.append([variant, *numbers, f"{median:.4f}"])
-    return [common.table(["variant", *COLOURS, "unexplained"], lines)]
+    return [common.table(["variant", *KINDS, "unexplained"], lines)]
 
 
 def draw(path, rows):
-    title = "How many heads does it take to hold a pair of signals?"
-    common.bars(path, title, kinds_by_variant(rows), COLOURS, "pairs")
+    title = "How many heads hold a pair of signals: the penalty leaves that as it was"
+    common.bars(path, title, kinds_by_variant(rows), KINDS, "pairs")
 
 
 if __name__ == "__main__":

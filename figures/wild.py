@@ -70,22 +70,30 @@ N_TOLD = 12  # heads in the table
 def main():
     options = common.parse(__doc__, n_seeds=5, reads_text=True)
     text = text_of(options.text)
-    jobs = []
-    for seed in options.seeds:
-        variants = ("the model", *GATED, *TOP) if seed == 0 else ALWAYS
-        for variant in variants:
-            jobs.append({"key": MAIN, "variant": variant, "seed": seed})
-    for variant in ("the model", "this recipe"):
-        jobs.append({"key": "8 heads of 8", "variant": variant, "seed": 0})
 
     def work_on_text(job, is_smoke):
         return work(job, is_smoke, options.text)
 
     recipes = {"model": MODEL, **GATED, "text": text.name}
-    rows = common.run("wild", jobs, work_on_text, options, recipes)
+    rows = common.run("wild", jobs_of(options), work_on_text, options, recipes)
     print("\n\n".join(tables_of(rows)))
-    draw(options.out / "wild.png", rows)
-    draw_curve(options.out / "wild_curve.png", rows)
+    if 0 in options.seeds:  # the pictures are of its model
+        draw(options.out / "wild.png", rows)
+        draw_curve(options.out / "wild_curve.png", rows)
+
+
+def jobs_of(options):
+    """All variants for seed 0 (few in a smoke run), and another shape of the model."""
+    first = None if options.is_smoke else 0
+    jobs = []
+    for seed in options.seeds:
+        variants = ("the model", *GATED, *TOP) if seed == first else ALWAYS
+        for variant in variants:
+            jobs.append({"key": MAIN, "variant": variant, "seed": seed})
+    if first in options.seeds:
+        for variant in ("the model", "this recipe"):
+            jobs.append({"key": "8 heads of 8", "variant": variant, "seed": 0})
+    return jobs
 
 
 def work(job, is_smoke, path=None):
@@ -457,27 +465,33 @@ def order_of(cells):
 
 def draw_curve(path, rows):
     """Loss recovered against share on a pair: the better, the further up and right."""
-    mine = [row for row in rows if row["key"] == MAIN]
-    groups = common.grouped(mine, "variant")
-
-    def medians(variants):
-        points = []
-        for variant in variants:
-            group = groups[(variant,)]
-            share = np.median([row["pair_share"] for row in group])
-            points.append((share, np.median([row["recovered"] for row in group])))
-        return np.transpose(points)
-
+    places = places_of([row for row in rows if row["key"] == MAIN])
+    lines = {
+        "gates, by alpha": (CURVE, {"marker": "o", "color": "#0072B2"}),
+        "top-k, no gates": (TOP, {"marker": "s", "color": "#D55E00"}),
+        "the model": (["the model"], {"marker": "*", "color": "#000000"}),
+    }
     title = "What separation costs in a word model (medians)"
     with common.picture(path, title, 3.6, 1, 1) as axes:
         ax = axes[0, 0]
-        ax.plot(*medians(CURVE), "o-", color="#0072B2", label="gates, by alpha")
-        ax.plot(*medians(TOP), "s--", color="#D55E00", label="top-k, no gates")
-        ax.plot(*medians(["the model"]), "k*", ms=12, label="the model")
-        for names in (CURVE, TOP):
-            for name, place in zip(names, medians(names).T):
-                ax.annotate(name, place, (4, 4), textcoords="offset points", fontsize=7)
+        for label, (variants, look) in lines.items():
+            shown = {name: places[name] for name in variants if name in places}
+            shares, recovered = zip(*shown.values())
+            ax.plot(shares, recovered, label=label, **look)
+            for name, place in shown.items():
+                if name != label:
+                    ax.annotate(name, place, (4, 4), textcoords="offset points")
         ax.set(xlabel="share on a pair (right is good)", ylabel="loss recovered")
+        ax.set(xlim=(0.35, 1.15), ylim=(None, 1.02))  # with room for the names
+
+
+def places_of(rows):
+    """{variant: the median share on a pair, and the median loss recovered}"""
+    places = {}
+    for (variant,), group in common.grouped(rows, "variant").items():
+        share = np.median([row["pair_share"] for row in group])
+        places[variant] = (share, np.median([row["recovered"] for row in group]))
+    return places
 
 
 if __name__ == "__main__":
