@@ -13,7 +13,7 @@ then a kit that checks other implementations against this one.
 Parameters are dicts of arrays, and autograd differentiates every function of them.
 The axes are B batch, T positions, D d_model, H heads, K d_head, G d_gate,
 V vocabulary, S sequences. An array is [B, T, D] when it has these three axes.
-Arrays may be float64, float32 or integers; integers are computed with as float64.
+Arrays may be float64, float32 or integers; integers are converted to float64.
 An array or a number of the wrong type, shape or range is a ValueError that names the
 argument; an argument that should be a dict or a function, and is not, is a TypeError.
 
@@ -73,6 +73,14 @@ def attention(params, x):
     Returns a dict of every intermediate, under TransformerLens's names: `q k v z`
     [B, T, H, K], `attn_scores pattern` [B, H, query, key], `result` [B, T, H, D] and
     `attn_out` [B, T, D].
+
+    From a torch.nn.MultiheadAttention `mha` (without biases: zeros in their place):
+
+        H, D = mha.num_heads, mha.embed_dim
+        W_in = mha.in_proj_weight.detach().numpy().reshape(3, H, D // H, D)
+        b_Q, b_K, b_V = mha.in_proj_bias.detach().numpy().reshape(3, H, D // H)
+        W_Q, W_K, W_V = np.swapaxes(W_in, 2, 3)
+        W_O = mha.out_proj.weight.detach().numpy().T.reshape(H, D // H, D)
     """
     params, sizes = check_params(BLOCK, params)
     x = check_array("x", x, "BTD", sizes)
@@ -206,9 +214,10 @@ def normalised(params):
     what the penalty sees, shrinks. A norm of 1e-12 or less counts as the constant
     1e-12, in the derivative too, so both are finite at 0.
 
-    `b_V` is a hole in the published rule: a head can still shrink its gate by growing
-    `b_V`. A block with `value_scale` c, which is this reference's own, closes it. There
-    `b_V` counts as one more row of `W_V`, and the length is c in place of 1:
+    The published rule has a hole: `b_V`, which is added to every value, is not
+    normalised. So a head can still shrink its gate by growing `b_V`. A block with
+    `value_scale` c, which is this reference's own, closes the hole. There `b_V` counts
+    as one more row of `W_V`, and the length of a column is c in place of 1:
 
         norm_hk = norm of (W_V[h, :, k], b_V[h, k])
         W_V[h, :, k] / norm_hk * c   and   b_V[h, k] / norm_hk * c
@@ -252,9 +261,10 @@ def lp_penalty(gate, p=0.6):
     cost 1, 1 and 2, so that one head could not be told from two which do half each.
 
     The mean is over all T x T pairs, key > query included, since the gate has no mask.
-    A gate sees no positions: where it is open to a key that comes later, it would be
-    open to the same key before, too. So nothing is lost, and the formula stays simple.
-    The derivative counts as 0 where a gate is 0; for p < 1 it would be infinite.
+    For one-hot tokens nothing is lost by that: where a gate is open to a token that
+    comes later, it is open to the same token before, too. (With positions in x, a gate
+    is also charged at keys that its query never sees.) The derivative counts as 0 where
+    a gate is 0; for p < 1 it would be infinite.
 
     gate: [B, H, query, key], entries >= 0. p: a number > 0. Returns a scalar >= 0.
     """
@@ -1089,7 +1099,8 @@ def assert_matches(case, got, *, rtol=None):
         first, *others = wrong
         message = f"{case.name}: {first}{wrong[first]}"
         if others:
-            message += f". These differ too: {', '.join(others)}"
+            stop = "" if message.endswith("?") else "."
+            message += f"{stop} These differ too: {', '.join(others)}"
         raise AssertionError(message)
     if not compared:
         why = f"got must have something to compare, got {list(given)}"
@@ -1225,6 +1236,8 @@ def check_array(name, value, axes, sizes=None, kinds="fiu"):
         array = value if isbox(value) else np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as problem:  # ragged, or of PyTorch
         raise ValueError(f"{name} must be an array: {problem}") from None
+    if isbox(value) and np.isscalar(getval(value)):  # a Python number, differentiated
+        array = np.array(value)
     numbers = getval(array)
     if numbers.dtype.kind not in kinds:
         wanted = "integers" if kinds == "iu" else "floats or integers"

@@ -46,8 +46,8 @@ import gatedref
 def reopening(scores):
     """The clamp to [0, 1], but a gate that has left that range can come back.
 
-    What it does instead of the clamp while a block is trained stands further down, in
-    "Gates that open again".
+    Outside of it the clamp has the derivative 0. This one lets the derivative through
+    where a step downhill leads back inside; see "Gates that open again".
     """
     return _clip_and_reopen(scores)
 
@@ -58,15 +58,15 @@ class Recipe(NamedTuple):
     steps: int  # of Adam: enough for the curves to become flat
     batch: int  # sequences a step, drawn anew from all that were recorded
     rate: float  # of Adam: half to a fifth of what makes the loss jump
-    rate_factors: tuple = (1.0, 1.0, 1.0, 0.3, 0.1)  # times the rate, for equal parts
-    # of the steps, the *legs*: takeovers between them, and small steps in the end
+    rate_factors: tuple = (1.0, 1.0, 1.0, 0.3, 0.1)  # the steps are cut into equal
+    # *legs*; each has its factor on the rate, and between them heads take over
 
     # What follows is for gated blocks only.
     expansion: int = None  # times the heads of the model: spare ones can take over
     d_head: int = None  # as wide as what one head is to copy
-    d_gate: int = None  # a second column lets a takeover close a gate below 0
+    d_gate: int = None  # with two columns a takeover can push gate scores below 0
     value_scale: float = None  # times the target's largest entry: what a gate of 1 lets
-    # through, wide enough for anything; None is the published block, with its hole
+    # through, wide enough for anything; None is the published block, see `normalised`
     activation: Callable = gatedref.clamp  # while it is trained; afterwards the clamp
     takeovers: bool = False  # spare heads take over shared pairs; for one-hot x only
     p: float = 0.6  # of the penalty: below 1, sharing costs more than the sum
@@ -76,7 +76,9 @@ class Recipe(NamedTuple):
     # heads learn what to write before they compete for it
 
 
-# For tokens one-hot. More of alpha separates better, less of it fits better.
+# For tokens one-hot. More of alpha separates better, less of it fits better. With V
+# tokens, more than a dozen, take V / 4: the more there are, the rarer is each pair of
+# them, and the less its gate counts in the penalty.
 RECIPE = Recipe(
     steps=1600,
     batch=40,
@@ -194,7 +196,12 @@ def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
     of the gated block, with their `value_scale` where the recipe has one; and the
     curves, for each step a dict of what its batch gave: `unexplained`, `penalty` and
     `loss`, which is unexplained + alpha * penalty. For one-hot x, gates at pairs of
-    tokens that never occur together are left over from the start, and mean nothing.
+    tokens that never occur together keep their first values, and mean nothing.
+
+    If the block does not come apart: `gatedref.judge` says which answers still take
+    several heads. Then take more of alpha, another seed, or more heads (`expansion`).
+    Where it says [], the residual stream supplies a part of the answer. Where much is
+    unexplained even at alpha 0, the target depends on something that is not in x.
 
     ValueError, TypeError: an argument is not as above, or more memory would be needed
     than there is. FloatingPointError: training diverged.
@@ -213,7 +220,7 @@ def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
         for step in steps_of(leg, recipe):
             show_to(watch, step, recipe, {**params, **fixed})
             batch = rng.integers(len(x), size=recipe.batch)
-            alpha = variance * alpha_at(step, recipe)
+            alpha = variance * alpha_at(step, recipe)  # absolute, as `loss` takes it
             gradient, scalars = gradient_at(
                 params, fixed, x[batch], target[batch], variance, alpha, recipe
             )
@@ -684,7 +691,7 @@ def toy_and_record(
 
 def shows_superposition(layers, task):
     """Whether a toy is right on each trigram, and at least one is distributed."""
-    found = judge_on(writes(layers), task)
+    found = judge_on(writes(layers), task, most=1)  # larger sets tell no more here
     is_right = min(found["accuracy"]) > 0.998
     return is_right and [] in gatedref.singles(found["holders"])
 
@@ -772,10 +779,10 @@ def observe(write, task):
     return Seen(*[np.concatenate(arrays) for arrays in seen])
 
 
-def judge_on(write, task):
-    """What `gatedref.judge` finds of a model on a task."""
+def judge_on(write, task, *, most=None):
+    """What `gatedref.judge` finds of a model on a task. most: see `holders`."""
     seen = observe(write, task)
-    return gatedref.judge(seen.result, seen.output, seen.answers)
+    return gatedref.judge(seen.result, seen.output, seen.answers, most=most)
 
 
 def verdict(write, toy, task, *, n_lured=2000, most=None):
@@ -885,7 +892,7 @@ def run_setting(key, seed, is_smoke):
     began = time.perf_counter()
 
     def watch_toys(number):
-        show(f"{key}: training a toy, the {number}. try")
+        show(f"{key}: training a toy, try {number}")
 
     def watch_gated(done, _):
         show(f"{key}: taking it apart, {done:.0%}")

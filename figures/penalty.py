@@ -18,7 +18,7 @@ COLOURS = {0.6: "#000000", 1.0: "#CC79A7", 2.0: "#56B4E9"}  # by p
 def main():
     options = common.parse(__doc__)
     title = (
-        "Sharing a pair: L0.6 makes it dearer, L1 does not mind, L2 gives a discount"
+        "Sharing a pair: L0.6 charges more for it, L1 does not mind, L2 charges less"
     )
     with common.picture(options.out / "penalty.png", title, 3, 1, 1) as axes:
         ax = axes[0, 0]

@@ -1,14 +1,17 @@
-"""What does separation cost? Four settings, twenty toys each, at up to six alphas.
+"""What does separation cost, and what becomes of it when the toys grow?
 
-    python -m figures.price         about three hours on one core
+    python -m figures.price         about seven hours on one core
 
-A weaker alpha leaves less of the toy's output unexplained, and fewer blocks apart.
+A weaker alpha leaves less of the toy's output unexplained, and fewer blocks apart. The
+more tokens there are, the rarer is each pair of them, and the less its gate counts in
+the penalty: so alpha should grow with V, and V / 4 is tried at every size.
 
 For comparison there is a *floor* for each toy: what is left by a block with exactly one
 open head at each query token (head i at token i, for every key), and with no penalty.
 A block that is apart may leave less, since other heads may still help a little.
 """
 
+import time
 from functools import lru_cache
 
 import autograd.numpy as np
@@ -18,61 +21,94 @@ import train
 from figures import common
 
 ALPHAS = (10, 5, train.RECIPE.alpha, 1, 0.25, 0)
-BIG = "8H10T"  # 32 heads in the block; a run takes a minute, so at two alphas only
-BIG_ALPHAS = (5, train.RECIPE.alpha)
-SETTINGS = {**train.SETTINGS, BIG: (8, 10)}
+BIG, BIGGEST = "8H10T", "16H20T"
+SETTINGS = {**train.SETTINGS, BIG: (8, 10), BIGGEST: (16, 20)}
+# The larger a toy, the longer a run: a minute at BIG, five at BIGGEST.
+ALPHAS_OF = {**dict.fromkeys(train.SETTINGS, ALPHAS), BIG: ALPHAS[:4], BIGGEST: ()}
+N_BIGGEST = 5  # toys
+UNSEEN = range(3100, 3120)  # seeds that nothing was chosen on, at V / 4 only
 
 FLOOR = "floor"
 DEFAULT = f"alpha {train.RECIPE.alpha:g}"
-RECIPES = {"blocks": train.RECIPE, FLOOR: train.RECIPE._replace(alpha=0)}
-COLOURS = {"2H3T": "#0072B2", "3H4T": "#D55E00", "4H5T": "#009E73", BIG: "#CC79A7"}
+BY_SIZE = "alpha V / 4"
+RECIPES = {"blocks": train.RECIPE, BIGGEST: train.RECIPE._replace(steps=3200)}
+# At the usual rate hardly a toy of that size learns all its trigrams.
+TOYS = {"toys": train.TOY, BIGGEST: train.TOY._replace(rate=0.02)}
+LINES = {
+    "2H3T": {"color": "#0072B2", "marker": "o"},
+    "3H4T": {"color": "#D55E00", "marker": "s"},
+    "4H5T": {"color": "#009E73", "marker": "^"},
+    BIG: {"color": "#CC79A7", "marker": "D"},
+}
+SEEDS = ("first seeds", f"seeds {UNSEEN[0]} to {UNSEEN[-1]}")
+LOOKS = ("o-k", "s--r")
 
 
 def main():
     options = common.parse(__doc__, n_seeds=20)
-    jobs = []
-    # In a smoke run one setting will do; and of 32 untrained heads, too many sets would
-    # have to be tried for what they hold.
-    keys = list(train.SETTINGS)[:1] if options.is_smoke else SETTINGS
-    for key in keys:
-        for seed in options.seeds:
-            for alpha in alphas_of(key):
-                variant = f"alpha {alpha:g}"
-                jobs.append(
-                    {"key": key, "variant": variant, "seed": seed, "alpha": alpha}
-                )
-            jobs.append({"key": key, "variant": FLOOR, "seed": seed})
-    rows = common.run("price", jobs, work, options, RECIPES)
+    rows = common.run("price", jobs_of(options), work, options, [RECIPES, TOYS])
     print("\n\n".join(tables_of(rows)))
     draw(options.out / "price.png", rows)
+    draw_by_size(options.out / "growth.png", rows)
 
 
-def alphas_of(key):
-    return BIG_ALPHAS if key == BIG else ALPHAS
+def jobs_of(options):
+    if options.is_smoke:  # one setting will do
+        return jobs_at("2H3T", options.seeds[0])
+    jobs = []
+    for key in SETTINGS:
+        n_toys = N_BIGGEST if key == BIGGEST else len(options.seeds)
+        for seed in options.seeds[:n_toys]:
+            jobs += jobs_at(key, seed)
+        if options.is_whole and key != BIGGEST:
+            for seed in UNSEEN:
+                jobs += jobs_at(key, seed, alphas=())
+    return jobs
+
+
+def jobs_at(key, seed, alphas=None):
+    """All that is computed for one toy."""
+    jobs = []
+    for alpha in ALPHAS_OF[key] if alphas is None else alphas:
+        variant = f"alpha {alpha:g}"
+        jobs.append({"key": key, "variant": variant, "seed": seed, "alpha": alpha})
+    _, n_trigrams = SETTINGS[key]
+    by_size = (2 * n_trigrams + 2) / 4
+    jobs.append({"key": key, "variant": BY_SIZE, "seed": seed, "alpha": by_size})
+    jobs.append({"key": key, "variant": FLOOR, "seed": seed})
+    return jobs
 
 
 def work(job, is_smoke):
-    n_heads, n_trigrams = SETTINGS[job["key"]]
-    seed = job["seed"]
-    toy, tokens, target = recorded_toy(job["key"], seed, is_smoke)
+    key, seed = job["key"], job["seed"]
+    n_heads, n_trigrams = SETTINGS[key]
+    toy, tokens, target = recorded_toy(key, seed, is_smoke)
     x = np.eye(target.shape[2])[tokens]
-    task = train.fresh_task(n_trigrams, seed, common.n_fresh(is_smoke))
+    task = train.fresh_task(n_trigrams, seed, train.n_fresh(is_smoke))
+    recipe = train.shortened(RECIPES.get(key, RECIPES["blocks"]), is_smoke)
     if job["variant"] == FLOOR:
-        recipe = train.shortened(RECIPES[FLOOR], is_smoke)
         block = one_head_a_token(x, target, seed, recipe)
         attn_out = train.written([block], task.tokens)
         left = gatedref.unexplained(attn_out, train.written([toy], task.tokens))
         return {"unexplained": left}
 
-    recipe = train.shortened(train.RECIPE._replace(alpha=job["alpha"]), is_smoke)
+    recipe = recipe._replace(alpha=job["alpha"])
+    began = time.process_time()
     gated, _ = train.take_apart(x, target, n_heads, seed=seed, recipe=recipe)
-    return common.kept_of(train.verdict(train.writes([gated]), [toy], task))
+    seconds = time.process_time() - began
+    # Of 64 heads too many sets would have to be tried: there, single heads and pairs.
+    most = 2 if key == BIGGEST else None
+    found = train.verdict(train.writes([gated]), [toy], task, most=most)
+    row = common.kept_of(found)
+    if job["variant"] == BY_SIZE:
+        row["seconds"] = seconds
+    return row
 
 
 @lru_cache(maxsize=1)
 def recorded_toy(key, seed, is_smoke):
     """The toy of a seed, and what a gated block learns from; see `toy_and_record`."""
-    recipe = train.shortened(train.TOY, is_smoke)
+    recipe = train.shortened(TOYS.get(key, TOYS["toys"]), is_smoke)
     return train.toy_and_record(*SETTINGS[key], seed, recipe, is_smoke=is_smoke)
 
 
@@ -100,61 +136,108 @@ def one_head_a_token(x, target, seed, recipe):
     return {**layers[0], **fixed}
 
 
-def keys_of(rows):
-    return list(dict.fromkeys(row["key"] for row in rows))
+# ---- What came out -------------------------------------------------------------------
 
 
 def tables_of(rows):
-    return [default_table(rows), alphas_table(rows)]
+    first, unseen = split(rows)
+    return [table_by_size(first), table_by_size(unseen), table_by_alpha(rows)]
 
 
-def default_table(rows):
-    """How the recipe as it stands does, beside the floors of the same toys."""
+def split(rows):
+    """The rows of the first seeds, and those of `UNSEEN`."""
+    first = [row for row in rows if row["seed"] not in UNSEEN]
+    unseen = [row for row in rows if row["seed"] in UNSEEN]
+    return first, unseen
+
+
+def table_by_size(rows):
+    """How toys of each size do at V / 4."""
     groups = common.grouped(rows, "key", "variant")
     lines = []
-    for key in keys_of(rows):
-        runs = groups[key, DEFAULT]
-        floors = [row["unexplained"] for row in groups[key, FLOOR]]
-        ratios = [run["unexplained"] / own for run, own in zip(runs, floors)]
-        floor_cell = f"{np.median(floors):.4f}"
-        ratio_cell = f"{np.median(ratios):.2f}"
-        lines.append((key, *common.summary(runs), floor_cell, ratio_cell))
-    return common.table(("setting", *common.SUMMARY, "floor", "times the floor"), lines)
+    for (key, variant), runs in groups.items():
+        if variant == BY_SIZE:
+            cells = cells_of(runs, groups[key, FLOOR])
+            lines.append((key, f"{runs[0]['alpha']:g}", *cells, seconds_of(runs)))
+    return common.table((*HEAD, "seconds"), lines)
 
 
-def alphas_table(rows):
+def table_by_alpha(rows):
+    groups = common.grouped(rows, "key", "variant")
     lines = []
-    for (key, variant), runs in common.grouped(rows, "key", "variant").items():
-        if variant != FLOOR:
-            lines.append((key, f"{runs[0]['alpha']:g}", *common.summary(runs)))
-    return common.table(("setting", "alpha", *common.SUMMARY), lines)
+    for (key, variant), runs in groups.items():
+        if variant not in (BY_SIZE, FLOOR):
+            cells = cells_of(runs, groups[key, FLOOR])
+            lines.append((key, f"{runs[0]['alpha']:g}", *cells))
+    return common.table(HEAD, lines)
+
+
+HEAD = ("setting", "alpha", *common.SUMMARY, "times the floor")
+
+
+def cells_of(runs, floors):
+    return *common.summary(runs), f"{times_the_floor(runs, floors):.2f}"
+
+
+def times_the_floor(runs, floors):
+    """What a run leaves over the floor of its own toy; the median of the runs."""
+    floor_of = {row["seed"]: row["unexplained"] for row in floors}
+    return np.median([run["unexplained"] / floor_of[run["seed"]] for run in runs])
+
+
+def seconds_of(runs):
+    return f"{np.median([run['seconds'] for run in runs]):.0f}"
 
 
 def draw(path, rows):
+    """Against alpha, a line for each setting."""
     panels = [("apart", np.mean), ("share", np.mean), ("unexplained", np.median)]
     groups = common.grouped(rows, "key", "variant")
-    n_toys = len({row["seed"] for row in rows})
-    title = f"What separation costs ({n_toys} toys for each point)"
-    with common.picture(path, title, 3.6, 1, 3) as axes:
+    with common.picture(path, "What separation costs", 3.6, 1, 3) as axes:
         for ax, (name, average) in zip(axes[0], panels):
-            for key in keys_of(rows):
-                runs = [groups[key, f"alpha {alpha:g}"] for alpha in alphas_of(key)]
+            for key, alphas in ALPHAS_OF.items():
+                shown = [a for a in alphas if (key, f"alpha {a:g}") in groups]
+                runs = [groups[key, f"alpha {alpha:g}"] for alpha in shown]
                 heights = [average([row[name] for row in group]) for group in runs]
-                places = [ALPHAS.index(alpha) for alpha in alphas_of(key)]
-                ax.plot(places, heights, "o-", color=COLOURS[key], label=key)
+                places = [ALPHAS.index(alpha) for alpha in shown]
+                if places:
+                    ax.plot(places, heights, label=key, **LINES[key])
             ax.set_xticks(range(len(ALPHAS)), [f"{alpha:g}" for alpha in ALPHAS])
             ax.axvline(ALPHAS.index(train.RECIPE.alpha), color="0.7", linestyle=":")
-            ax.set(xlabel="alpha: strong to weak (dotted: default)", ylim=(0, 1.03))
-        axes[0, 0].set_ylabel("part of the runs that come apart (up is good)")
+            ax.set(xlabel="alpha, strong to weak", ylim=(0, 1.03))
+        axes[0, 0].set_ylabel("part of the runs apart (up is good)")
         axes[0, 1].set_ylabel("mean share (up is good)")
-        ax = axes[0, 2]
-        for key in keys_of(rows):
-            left = [row["unexplained"] for row in groups[key, FLOOR]]
-            ax.axhline(np.median(left), color=COLOURS[key], linestyle="--", linewidth=1)
-        ax.plot([], [], color="0.3", linestyle="--", label="floor")
-        ax.set(
-            ylabel="unexplained, median (down is good)", yscale="log", ylim=(1e-4, 1)
-        )
+        axes[0, 2].set(ylabel="unexplained, median (down is good)", yscale="log")
+        axes[0, 2].set_ylim(1e-4, 1)
+
+
+def draw_by_size(path, rows):
+    """From the smallest toys to the largest, at V / 4."""
+    title = "As toys grow, with alpha = V / 4"
+    names = ("apart (part of the runs)", "share (mean)", "times the floor", "seconds")
+    with common.picture(path, title, 2.9, 1, 4) as axes:
+        for group, seeds, look in zip(split(rows), SEEDS, LOOKS):
+            points = points_by_size(group)
+            for ax, name, heights in zip(axes[0], names, np.transpose(points)):
+                ax.plot(range(len(points)), heights, look, label=seeds)
+                ax.set_title(name)
+        for ax in axes[0]:
+            ax.set_xticks(range(len(SETTINGS)), SETTINGS, rotation=60)
+            ax.set_ylim(bottom=0)
+        axes[0, 3].set(yscale="log", ylim=(1, None))
+
+
+def points_by_size(rows):
+    """For each setting: apart, share, times the floor, seconds."""
+    groups = common.grouped(rows, "key", "variant")
+    points = []
+    for (key, variant), runs in groups.items():
+        if variant == BY_SIZE:
+            apart = np.mean([run["apart"] for run in runs])
+            share = np.mean([run["share"] for run in runs])
+            ratio = times_the_floor(runs, groups[key, FLOOR])
+            points.append((apart, share, ratio, float(seconds_of(runs))))
+    return points
 
 
 if __name__ == "__main__":

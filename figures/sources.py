@@ -204,7 +204,7 @@ def tables_of(rows):
 
 
 def draw(path, rows):
-    title = "How many heads hold a pair of signals: the penalty leaves that as it was"
+    title = "How many heads hold a pair: with the penalty as many as in the toys"
     common.bars(path, title, kinds_by_variant(rows), KINDS, "pairs")
 
 
