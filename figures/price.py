@@ -40,8 +40,13 @@ LINES = {
     "4H5T": {"color": "#009E73", "marker": "^"},
     BIG: {"color": "#CC79A7", "marker": "D"},
 }
-SEEDS = ("first seeds", f"seeds {UNSEEN[0]} to {UNSEEN[-1]}")
-LOOKS = ("o-k", "s--r")
+LOOKS = {"seeds 0 to 19": "o-k", f"seeds {UNSEEN[0]} to {UNSEEN[-1]}": "s--r"}
+PANELS = {
+    "apart (part of the runs)": (0, 1.05),
+    "share (mean)": (0, 1.05),
+    "times the floor (median)": (0, 2),
+    "seconds of a run (median)": (1, 1000),
+}
 
 
 def main():
@@ -214,17 +219,15 @@ def draw(path, rows):
 def draw_by_size(path, rows):
     """From the smallest toys to the largest, at V / 4."""
     title = "As toys grow, with alpha = V / 4"
-    names = ("apart (part of the runs)", "share (mean)", "times the floor", "seconds")
     with common.picture(path, title, 2.9, 1, 4) as axes:
-        for group, seeds, look in zip(split(rows), SEEDS, LOOKS):
+        for group, (seeds, look) in zip(split(rows), LOOKS.items()):
             points = points_by_size(group)
-            for ax, name, heights in zip(axes[0], names, np.transpose(points)):
+            for ax, heights in zip(axes[0], np.transpose(points)):
                 ax.plot(range(len(points)), heights, look, label=seeds)
-                ax.set_title(name)
-        for ax in axes[0]:
+        axes[0, 3].set_yscale("log")
+        for ax, (name, limits) in zip(axes[0], PANELS.items()):
             ax.set_xticks(range(len(SETTINGS)), SETTINGS, rotation=60)
-            ax.set_ylim(bottom=0)
-        axes[0, 3].set(yscale="log", ylim=(1, None))
+            ax.set(title=name, ylim=limits, xlim=(-0.4, len(SETTINGS) - 0.6))
 
 
 def points_by_size(rows):
