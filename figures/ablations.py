@@ -100,16 +100,12 @@ def fit_top(k, x, target, n_heads, seed, recipe):
     start = gatedref.init_params(n_kept_from, x.shape[2], recipe.d_head, seed)
     start = {name: array.astype(x.dtype) for name, array in start.items()}
     variance = gatedref.variance_of(target)
-    rng = np.random.default_rng([seed, 4])
-
-    def draw():
-        batch = rng.integers(len(x), size=recipe.batch)
-        return x[batch], target[batch]
 
     def loss_of(layers, x, target):
         kept = keep_top(k, gatedref.attention(layers[0], x)["result"])
         return np.mean((np.sum(kept, axis=2) - target) ** 2) / variance
 
+    draw = price.batches(x, target, recipe.batch, np.random.default_rng([seed, 4]))
     layers = train.descend(loss_of, [start], draw, recipe)
     return layers[0]
 

@@ -126,19 +126,25 @@ def one_head_a_token(x, target, seed, recipe):
     fixed["W_gate_K"] = np.zeros((V, V, 1))
     fixed["b_gate_K"] = np.ones((V, 1))
     variance = gatedref.variance_of(target)
-    rng = np.random.default_rng([seed, 3])
-
-    def draw():
-        batch = rng.integers(len(x), size=recipe.batch)
-        return x[batch], target[batch]
 
     def loss_of(layers, x, target):
         loss, _ = train.loss_of_block(layers[0], fixed, x, target, variance, 0, recipe)
         return loss
 
     start = [gatedref.init_params(V, V, recipe.d_head, seed)]
+    draw = batches(x, target, recipe.batch, np.random.default_rng([seed, 3]))
     layers = train.descend(loss_of, start, draw, recipe)
     return {**layers[0], **fixed}
+
+
+def batches(x, target, size, rng):
+    """A function that draws a new batch of both."""
+
+    def draw():
+        batch = rng.integers(len(x), size=size)
+        return x[batch], target[batch]
+
+    return draw
 
 
 # ---- What came out -------------------------------------------------------------------
