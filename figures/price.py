@@ -169,7 +169,8 @@ def table_by_size(rows):
     for (key, variant), runs in groups.items():
         if variant == BY_SIZE:
             cells = cells_of(runs, groups[key, FLOOR])
-            lines.append((key, f"{runs[0]['alpha']:g}", *cells, seconds_of(runs)))
+            seconds = f"{seconds_of(runs):.0f}"
+            lines.append((key, f"{runs[0]['alpha']:g}", *cells, seconds))
     return common.table((*HEAD, "seconds"), lines)
 
 
@@ -197,7 +198,7 @@ def times_the_floor(runs, floors):
 
 
 def seconds_of(runs):
-    return f"{np.median([run['seconds'] for run in runs]):.0f}"
+    return np.median([run["seconds"] for run in runs])
 
 
 def draw(path, rows):
@@ -245,7 +246,7 @@ def points_by_size(rows):
             apart = np.mean([run["apart"] for run in runs])
             share = np.mean([run["share"] for run in runs])
             ratio = times_the_floor(runs, groups[key, FLOOR])
-            points.append((apart, share, ratio, float(seconds_of(runs))))
+            points.append((apart, share, ratio, seconds_of(runs)))
     return points
 
 
