@@ -1,6 +1,6 @@
 """train: superposition appears in a toy model, and a gated block takes it apart.
 
-    python train.py            the three published settings, about a minute; see --help
+    python train.py            the three published settings, a minute or two; see --help
 
 The toy is one attention block with fewer heads than it has skip trigrams to learn. A
 gated block with more heads then learns to write what the toy's block writes, and a
@@ -818,7 +818,7 @@ def verdict(write, toy, task, *, n_lured=2000, most=None):
 SETTINGS = {"2H3T": (2, 3), "3H4T": (3, 4), "4H5T": (4, 5)}  # heads, trigrams
 DESCRIPTION = """Trains three toy models whose attention heads are in superposition,
 takes each apart with a gated block, prints which heads hold which trigram before and
-after, and draws it. Takes about a minute on one core."""
+after, and draws it. Takes a minute or two on one core."""
 FILES = "main.json, blocks.npz, before_after.png and gates.png"
 
 

@@ -283,5 +283,5 @@ def bars(path, title, counts, kinds, counted):
             if any(parts):
                 ax.barh(names, parts, left=left, color=colour, label=words)
             left = left + parts
-        xlabel = f"part of the {counted} (how many there are: in brackets)"
+        xlabel = f"fraction of the {counted} (how many there are: in brackets)"
         ax.set(xlabel=xlabel, xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))

@@ -42,7 +42,7 @@ LINES = {
 }
 LOOKS = {"seeds 0 to 19": "o-k", f"seeds {UNSEEN[0]} to {UNSEEN[-1]}": "s--r"}
 PANELS = {
-    "apart (part of the runs)": (0, 1.05),
+    "apart (fraction of runs)": (0, 1.05),
     "share (mean)": (0, 1.05),
     "times the floor (median)": (0, 2),
     "seconds of a run (median)": (1, 1000),
@@ -217,7 +217,7 @@ def draw(path, rows):
             ax.set_xticks(range(len(ALPHAS)), [f"{alpha:g}" for alpha in ALPHAS])
             ax.axvline(ALPHAS.index(train.RECIPE.alpha), color="0.7", linestyle=":")
             ax.set(xlabel="alpha, strong to weak", ylim=(0, 1.03))
-        axes[0, 0].set_ylabel("part of the runs apart (up is good)")
+        axes[0, 0].set_ylabel("fraction of the runs apart (up is good)")
         axes[0, 1].set_ylabel("mean share (up is good)")
         axes[0, 2].set(ylabel="unexplained, median (down is good)", yscale="log")
         axes[0, 2].set_ylim(1e-4, 1)
