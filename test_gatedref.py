@@ -1909,7 +1909,8 @@ def test_a_quick_run_writes_every_file_whatever_the_users_settings_are(tmp_path)
     names = {path.name for path in out.iterdir()}
     assert names == {"main.json", "blocks.npz", "before_after.png", "gates.png"}
     rows = rows_in(out, "main")
-    assert [row["key"] for row in rows] == list(train.SETTINGS)
+    keys = [f"{n_heads}H{n}T" for n_heads, n in train.SETTINGS.values()]
+    assert [row["key"] for row in rows] == list(train.SETTINGS) == keys
     assert [row["seed"] for row in rows] == [0, 0, 0]
     assert b"| 4H5T | " in done.stdout
     gated = arrays_in(out, "3H4T/gated/")
