@@ -201,7 +201,8 @@ def take_apart(x, target, n_heads, *, seed=0, recipe=RECIPE, watch=None):
     If the block does not come apart: `gatedref.judge` says which answers still take
     several heads. Then take more of alpha, another seed, or more heads (`expansion`).
     Where it says [], the residual stream supplies a part of the answer. Where much is
-    unexplained even at alpha 0, the target depends on something that is not in x.
+    unexplained even at alpha 0, there were too few steps, `d_head` is less than that of
+    the model's heads, or the target depends on something that is not in x.
 
     ValueError, TypeError: an argument is not as above, or more memory would be needed
     than there is. FloatingPointError: training diverged.

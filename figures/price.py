@@ -31,9 +31,10 @@ UNSEEN = range(3100, 3120)  # seeds that nothing was chosen on, at V / 4 only
 FLOOR = "floor"
 DEFAULT = f"alpha {train.RECIPE.alpha:g}"
 BY_SIZE = "alpha V / 4"
-RECIPES = {"blocks": train.RECIPE, BIGGEST: train.RECIPE._replace(steps=3200)}
+RECIPES = dict.fromkeys(SETTINGS, train.RECIPE)
+RECIPES[BIGGEST] = train.RECIPE._replace(steps=3200)
 # At the usual rate hardly a toy of that size learns all its trigrams.
-TOYS = {"toys": train.TOY, BIGGEST: train.TOY._replace(rate=0.02)}
+TOYS = {**dict.fromkeys(SETTINGS, train.TOY), BIGGEST: train.TOY._replace(rate=0.02)}
 LINES = {
     "2H3T": {"color": "#0072B2", "marker": "o"},
     "3H4T": {"color": "#D55E00", "marker": "s"},
@@ -59,22 +60,22 @@ def main():
 
 def jobs_of(options):
     if options.is_smoke:  # one setting will do
-        return jobs_at("2H3T", options.seeds[0])
+        return jobs_at("2H3T", options.seeds[0], ALPHAS)
     jobs = []
     for key in SETTINGS:
         n_toys = N_BIGGEST if key == BIGGEST else len(options.seeds)
         for seed in options.seeds[:n_toys]:
-            jobs += jobs_at(key, seed)
+            jobs += jobs_at(key, seed, ALPHAS_OF[key])
         if options.is_whole and key != BIGGEST:
             for seed in UNSEEN:
-                jobs += jobs_at(key, seed, alphas=())
+                jobs += jobs_at(key, seed, ())
     return jobs
 
 
-def jobs_at(key, seed, alphas=None):
-    """All that is computed for one toy."""
+def jobs_at(key, seed, alphas):
+    """All that is computed for one toy: blocks at these alphas and V / 4, the floor."""
     jobs = []
-    for alpha in ALPHAS_OF[key] if alphas is None else alphas:
+    for alpha in alphas:
         variant = f"alpha {alpha:g}"
         jobs.append({"key": key, "variant": variant, "seed": seed, "alpha": alpha})
     _, n_trigrams = SETTINGS[key]
@@ -90,12 +91,10 @@ def work(job, is_smoke):
     toy, tokens, target = recorded_toy(key, seed, is_smoke)
     x = np.eye(target.shape[2])[tokens]
     task = train.fresh_task(n_trigrams, seed, train.n_fresh(is_smoke))
-    recipe = train.shortened(RECIPES.get(key, RECIPES["blocks"]), is_smoke)
+    recipe = train.shortened(RECIPES[key], is_smoke)
     if job["variant"] == FLOOR:
         block = one_head_a_token(x, target, seed, recipe)
-        attn_out = train.written([block], task.tokens)
-        left = gatedref.unexplained(attn_out, train.written([toy], task.tokens))
-        return {"unexplained": left}
+        return {"unexplained": left_by(block, toy, task.tokens)}
 
     recipe = recipe._replace(alpha=job["alpha"])
     began = time.process_time()
@@ -113,7 +112,7 @@ def work(job, is_smoke):
 @lru_cache(maxsize=1)
 def recorded_toy(key, seed, is_smoke):
     """The toy of a seed, and what a gated block learns from; see `toy_and_record`."""
-    recipe = train.shortened(TOYS.get(key, TOYS["toys"]), is_smoke)
+    recipe = train.shortened(TOYS[key], is_smoke)
     return train.toy_and_record(*SETTINGS[key], seed, recipe, is_smoke=is_smoke)
 
 
@@ -135,6 +134,12 @@ def one_head_a_token(x, target, seed, recipe):
     draw = batches(x, target, recipe.batch, np.random.default_rng([seed, 3]))
     layers = train.descend(loss_of, start, draw, recipe)
     return {**layers[0], **fixed}
+
+
+def left_by(block, toy, tokens):
+    """What a block leaves unexplained of a toy on these sequences."""
+    attn_out = train.written([block], tokens)
+    return gatedref.unexplained(attn_out, train.written([toy], tokens))
 
 
 def batches(x, target, size, rng):

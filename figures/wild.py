@@ -347,14 +347,16 @@ def measures_of(seen, model, tokens):
     worst = np.mean(losses_of((x + mean) @ model["W_U"], tokens))
     best = np.mean(losses_of((x + target) @ model["W_U"], tokens))
     loss = np.mean(seen.losses)
+    recovered = (worst - loss) / (worst - best)
+    heads_used = effective_number(np.sum(seen.by_key, axis=1))
     total, largest, n_heads = seen.pairs
     return {
         "unexplained": gatedref.unexplained(seen.attn_out, target),
-        "recovered": float((worst - loss) / (worst - best)),
+        "recovered": float(recovered),
         "pair_share": float(largest / total),
         "heads_a_pair": float(n_heads / total),
         "words_a_head": mean_number(seen.by_key),
-        "heads_used": float(effective_number(np.sum(seen.by_key, axis=1))),
+        "heads_used": float(heads_used),
         "words_hurt": mean_number(seen.rises),
         "loss": float(loss),
     }
@@ -373,21 +375,20 @@ def heads_of(seen, model, words):
     says = seen.says / amounts[:, None]
     says = says - np.sum(seen.says, axis=0) / np.sum(amounts)  # than heads on average
     said = says @ model["W_U"]  # [H, V]
+    shares = amounts / np.sum(amounts)
+    back = seen.distance / amounts
+    parts = seen.by_key / np.where(in_all > 0, in_all, 1)  # [H, V]
+
     heads = []
     for head in np.argsort(-amounts)[:N_DRAWN]:
-        share = seen.by_key[head] / np.where(in_all > 0, in_all, 1)
-        heads.append(
-            {
-                "head": int(head),
-                "share": float(amounts[head] / np.sum(amounts)),
-                "looks_at": top_words(seen.by_key[head], words),
-                "from": top_words(seen.by_query[head], words),
-                "back": float(seen.distance[head] / amounts[head]),
-                "says": top_words(said[head], words),
-                "hurts": top_words(seen.rises[head], words),
-                "by_key": share[1 : COMMON + 1].tolist(),
-            }
-        )
+        told = {"head": int(head), "share": float(shares[head])}
+        told["looks_at"] = top_words(seen.by_key[head], words)
+        told["from"] = top_words(seen.by_query[head], words)
+        told["back"] = float(back[head])
+        told["says"] = top_words(said[head], words)
+        told["hurts"] = top_words(seen.rises[head], words)
+        told["by_key"] = parts[head, 1 : COMMON + 1].tolist()
+        heads.append(told)
     return heads
 
 
