@@ -81,6 +81,10 @@ def attention(params, x):
         b_Q, b_K, b_V = mha.in_proj_bias.detach().numpy().reshape(3, H, D // H)
         W_Q, W_K, W_V = np.swapaxes(W_in, 2, 3)
         W_O = mha.out_proj.weight.detach().numpy().T.reshape(H, D // H, D)
+
+    They are right if `unexplained` of this attn_out, on what was recorded, is below
+    1e-9. Some thousandths are often an output bias, tenths an x from before the layer
+    norm, 1 or more mixed-up axes.
     """
     params, sizes = check_params(BLOCK, params)
     x = check_array("x", x, "BTD", sizes)
@@ -575,8 +579,9 @@ def judge(result, output, answers, *, most=None):
 
     result: [N, H, V], what each head writes at N positions, in the space of the
     answers. Where a model has an unembedding W_U [D, V], that is `result` @ W_U.
-    output: [N, V], the model's logits there: residual stream, biases and unembedding
-    included. answers: integers [N] in [0, V), what it should say. most: see `holders`.
+    output: [N, V], the model's logits there: (residual stream before the layer norm +
+    attn_out + output bias) @ W_U, plus the unembedding's bias. answers: integers [N] in
+    [0, V), what it should say. most: see `holders`.
 
     What heads hold is judged by what they write, without the residual stream. So where
     that, or a bias, supplies a part of the answer, not even all heads together hold it,
@@ -777,6 +782,33 @@ def _mean_lead(result, answer):
 
 
 # ---- The conformance kit: is another implementation right, and if not, where? --------
+#
+# A test calls your block on each of `cases()`, differentiates its loss by every
+# parameter and by x, and gives everything to `assert_matches`; the README has the lines
+# for PyTorch. What is worth knowing:
+#
+#     JAX               grads, got = jax.jit(jax.grad(loss, has_aux=True))(
+#                           {**case.params, "x": case.x}), where loss is a function of
+#                       this dict that returns got["loss"], got. On a GPU set
+#                       jax_default_matmul_precision to "highest".
+#     Layouts           W_V is [H, D, K], W_O [H, K, D]. Rearrange fused weights inside
+#                       your block, so that gradients come back in this layout.
+#     Modules           torch.func.functional_call(module, {**buffers, **params}, (x,),
+#                       strict=True): through load_state_dict no gradients come back.
+#     Caches            If a module keeps anything, such as normalised weights, try the
+#                       same one on two cases: random_case(0, **sizes), and 1.
+#     torch.compile     torch.compiler.reset() between cases, or the cache of shapes
+#                       fills up and the rest runs uncompiled, with only a warning.
+#     Low precision     Cast to float32, and give the rtol that `assert_matches` lists.
+#     Training          Steps of Adam blow rounding up. Compare `make_case` of the
+#                       parameters after some steps, in float64. Its alpha is absolute:
+#                       recipe.alpha * variance_of(target). (While it trains, train.py
+#                       has `reopening` in place of the clamp.)
+#     No value_scale    Leave out the cases whose names end in "_scaled".
+#     Other languages   The command at the end of this file: results are read as
+#                       "dense/z", "dense/grads/W_Q" and so on.
+#
+# Where ports go wrong most: at gates of 0, at norms of 0, at the ends of the clamp.
 
 
 class Case(NamedTuple):
