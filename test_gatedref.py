@@ -125,7 +125,8 @@ def power(base, exponent):
     return np.where(is_open, np.where(is_open, base, 1.0) ** exponent, 0.0)
 
 def root(squares):
-    return np.sqrt(np.where(squares > 1e-24, squares, 1e-24))
+    floor = np.where(squares > 1e-24, squares, 1e-24)
+    return np.sqrt(floor)
 
 def project(x, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V,
             W_gate_Q, W_gate_K, b_gate_Q, b_gate_K, value_scale=None):
@@ -266,7 +267,7 @@ CLAMP = "np.where(scores < 0, 0.0, np.where(scores > 1, 1.0, scores))"
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.longdouble])
 @pytest.mark.parametrize("clamp", [CLAMP, "np.clip(scores, 0, 1)"])
 def test_every_stage_loss_and_gradient_is_that_of_another_implementation(clamp, dtype):
-    for case in ALL_CASES:
+    for case in SMALL_CASES if dtype == np.longdouble else ALL_CASES:
         got = results_of(planted(PORT, CLAMP, clamp), case, dtype)
         assert got["attn_out"].dtype == dtype
         compared = gatedref.assert_matches(case, got)
@@ -522,11 +523,6 @@ def test_the_fewest_heads_that_keep_the_answer_whatever_else_is_removed_hold_it(
     assert gatedref.holders([[[4, 0, 3], [0, 4, 3]]], [1]) == []
 
 
-def says(result, heads, factors):
-    """The token that a sum of heads says, each head times a factor."""
-    return sum(factors[head] * result[head] for head in heads).argmax()
-
-
 def naive_holders(results, answers, threshold):
     """The smallest sets that hold: every set is tried, with every larger one."""
     heads = range(len(results[0]))
@@ -534,10 +530,11 @@ def naive_holders(results, answers, threshold):
     for size in heads:
         found = []
         for group in itertools.combinations(heads, size + 1):
-            larger = [s for s in sets if {*group} <= {*s}]
+            larger = [list(s) for s in sets if {*group} <= {*s}]
             held = []
             for result, answer in zip(results, answers, strict=True):
-                held.append(all(says(result, s, [1] * 4) == answer for s in larger))
+                said = [result[heads].sum(axis=0).argmax() for heads in larger]
+                held.append(all(token == answer for token in said))
             if np.mean(held) > threshold:
                 found.append(group)
         if found:
@@ -560,67 +557,50 @@ def test_holders_equal_every_set_tried_one_by_one(threshold):
     assert sizes >= {0, 1, 2}
 
 
-def test_turning_the_other_heads_down_never_undoes_holding():
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        result = rng.integers(-3, 5, size=(1, 4, 3))
-        for heads in gatedref.holders(result, [1]):
-            factors = rng.integers(0, 9, size=4) / 8  # eighths, which are exact
-            factors[list(heads)] = 1
-            assert says(result[0], range(4), factors) == 1
-
-
 # ---- The authors' models, which nobody here trained: figures/published.npz -----------
 
-# Of trigram 1, 2 and so on: the head that holds it, None where it is distributed.
+# Of trigram 1, 2 and so on: the heads that hold it alone; [] where it is distributed.
 HOLDERS = {
-    "2H3T/toy": [1, None, 0],
-    "3H4T/toy": [None, 0, None, 2],
-    "4H5T/toy": [1, 2, 0, None, 3],
-    "4H5T/conventional": [None, None, None, None, None],
-    "2H3T/manual": [0, 1, None],
-    "4H5T/manual": [0, 1, None, 2, 3],
-    "2H3T/gated": [1, 0, 3],
-    "3H4T/gated": [2, 1, 0, 4],
-    "4H5T/gated": [5, 3, 7, 0, 1],
-    "4H5T/gated_of_manual": [5, 4, 6, 3, 0],
+    "2H3T/toy": [[1], [], [0]],
+    "3H4T/toy": [[], [0], [], [2]],
+    "4H5T/toy": [[1], [2], [0], [], [3]],
+    "4H5T/conventional": [[], [], [], [], []],
+    "2H3T/manual": [[0], [1], []],
+    "4H5T/manual": [[0], [1], [], [2], [3]],
+    "2H3T/gated": [[1], [0], [3]],
+    "3H4T/gated": [[2], [1], [0], [4]],
+    "4H5T/gated": [[5], [3], [7], [0], [1]],
+    "4H5T/gated_of_manual": [[5], [4], [6], [3], [0]],
 }
 
 # A gated block, the toy that it replaces, and how much of that it leaves unexplained.
-UNEXPLAINED = [
-    ("2H3T/gated", "2H3T/toy", 0.32),
-    ("3H4T/gated", "3H4T/toy", 0.052),
-    ("4H5T/gated", "4H5T/toy", 0.064),
-    ("4H5T/gated_of_manual", "4H5T/manual", 0.0000095),
+# A gated block and the toy that it replaces: how much of that it leaves unexplained,
+# and how many of its trigrams are held by heads that fire without A.
+REPLACED = [
+    ("2H3T/gated", "2H3T/toy", 0.32, 2),
+    ("3H4T/gated", "3H4T/toy", 0.052, 2),
+    ("4H5T/gated", "4H5T/toy", 0.064, 3),
+    ("4H5T/gated_of_manual", "4H5T/manual", 0.0000095, 0),
 ]
-
-
-def published_block(model, tokens):
-    return gatedref.transformer([published(model)], tokens)["blocks"][0]
 
 
 @pytest.mark.parametrize("model", HOLDERS)
 def test_the_heads_of_the_authors_models_hold_what_they_did(model):
-    n = len(HOLDERS[model])
-    tokens, completes = gatedref.sample_skip_trigrams(n, 5000)
-    is_single = completes.sum(axis=1, keepdims=True) == 1
-    block = published_block(model, tokens)
-    found = []
-    for i in range(1, n + 1):
-        result = block["result"][completes & is_single & (tokens == i)]
-        answers = np.full(len(result), i + n)
-        first, *others = gatedref.holders(result, answers)
-        is_held_alone = len(first) == 1 and not others
-        found.append(first[0] if is_held_alone else None)
-    assert found == HOLDERS[model]
+    task = train.skip_trigram_task(len(HOLDERS[model]), 5000, seed=0)
+    found = train.judge_on(train.writes([published(model)]), task)
+    assert gatedref.singles(found["holders"]) == HOLDERS[model]
 
 
-@pytest.mark.parametrize("gated, toy, share", UNEXPLAINED)
-def test_the_authors_gated_blocks_leave_unexplained_what_they_did(gated, toy, share):
-    tokens, _ = gatedref.sample_skip_trigrams(len(HOLDERS[toy]), 5000)
-    target = published_block(toy, tokens)["attn_out"]
-    attn_out = published_block(gated, tokens)["attn_out"]
-    assert gatedref.unexplained(attn_out, target) == pytest.approx(share, rel=0.04)
+@pytest.mark.parametrize("gated, toy, share, n_fires", REPLACED)
+def test_the_authors_gated_blocks_are_apart_but_far_from_their_toys(
+    gated, toy, share, n_fires
+):
+    task = train.skip_trigram_task(len(HOLDERS[toy]), 5000, seed=0)
+    write = train.writes([published(gated)])
+    found = train.verdict(write, [published(toy)], task)
+    assert found["apart"]
+    assert found["unexplained"] == pytest.approx(share, rel=0.04)
+    assert found["fires_without_A"] == n_fires
 
 
 def test_a_head_escapes_the_published_penalty_by_its_value_bias_but_not_value_scale():
@@ -629,7 +609,7 @@ def test_a_head_escapes_the_published_penalty_by_its_value_bias_but_not_value_sc
     for name in ("W_gate_Q", "b_gate_Q"):
         escaped[name] = params[name] / 1000
     tokens, _ = gatedref.sample_skip_trigrams(3, 1000)
-    data = np.eye(8)[tokens], published_block("2H3T/toy", tokens)["attn_out"], 1
+    data = np.eye(8)[tokens], train.written([published("2H3T/toy")], tokens), 1
 
     before = gatedref.loss(params, *data)
     after = gatedref.loss(escaped, *data)
@@ -887,27 +867,19 @@ def test_masked_scores_may_be_anything(filler):
     gatedref.assert_matches(DENSE, {"attn_scores": scores})
 
 
-ROOT_OF_NORM = "np.sqrt(np.where(squares > 1e-24, squares, 1e-24))"
-MASKED = "np.where(mask, attn_scores, -1e5)"
-UNSEEN = "np.where(query > key, attn_scores, -np.inf)"
-HINTS = [
-    ("gate_edges", "power(gate, 0.6)", "(gate**0.6)", "grads/W_gate_Q", "penalty"),
-    ("tiny_norms", ROOT_OF_NORM, "squares**0.5", "v", "0/0.*W_V"),
-    ("tiny_norms", ROOT_OF_NORM, "(1e-24 + squares - squares)**0.5", "v", "should"),
-    (
-        "tiny_norms",
-        ROOT_OF_NORM,
-        "np.maximum(squares**0.5, 1e-12)",
-        "grads/W_O",
-        "root",
-    ),
-    ("dense", MASKED, "attn_scores + (1 - mask) * -np.inf", "attn_scores", "-inf"),
-    ("dense", MASKED, UNSEEN, "attn_scores", "no key"),
-    ("dense", "W_V) + b_V", "W_V) + np.inf", "v", "finite.$"),
-]
+# The case, what a right block says, what a wrong one says, the stage named, the hint.
+HINTS = """
+gate_edges | power(gate, 0.6) | (gate**0.6) | grads/W_gate_Q | penalty
+tiny_norms | np.sqrt(floor) | np.sqrt(squares) | v | 0/0.*W_V
+tiny_norms | np.sqrt(floor) | (1e-24 + squares - squares) ** 0.5 | v | should
+tiny_norms | np.sqrt(floor) | np.maximum(squares**0.5, 1e-12) | grads/W_O | root
+dense | attn_scores, -1e5 | attn_scores - np.inf + np.inf, -np.inf | attn_scores | -inf
+dense | mask, attn_scores, -1e5 | query > key, attn_scores, -np.inf | attn_scores | -inf
+dense | W_V) + b_V | W_V) + np.inf | v | finite.$
+"""
 
 
-@pytest.mark.parametrize("name, right, wrong, stage, hint", HINTS)
+@pytest.mark.parametrize("name, right, wrong, stage, hint", table(HINTS))
 def test_not_a_number_hints_at_its_cause_if_that_is_known(
     name, right, wrong, stage, hint
 ):
@@ -1026,6 +998,7 @@ def calls():
     yield gatedref.make_case, {"name": "own", "params": PARAMS, **DATA}
     yield gatedref.lp_penalty, {"gate": GATE, "p": 0.6}
     yield gatedref.holders, {"result": RESULT, "answers": [0, 1], "threshold": 0.5}
+    yield gatedref.holders, {"result": RESULT, "answers": [0, 1], "most": 1}
     yield gatedref.transformer, {"layers": [PARAMS], "tokens": [[0, 4]]}
     sizes = {"n_heads": 1, "d_model": 2, "d_head": 1}
     yield gatedref.init_params, {**sizes, "d_gate": 1, "seed": 0}
@@ -1044,36 +1017,28 @@ def wrong_arrays(right):
     return [*of_types, *of_shapes, one_nan, right * INF, masked, None, "x", {}]
 
 
-def wrong_values(name, right):
-    """What an argument must not be."""
-    if isinstance(right, np.ndarray):
-        return wrong_arrays(right)
-    if name == "tokens":
-        return [[[0.0]], [[True]], [0, 1], [[5]], [[-1]], None, "x"]
-    if name == "answers":
-        return [[0.0, 1.0], [True, True], [0], [0, 4], [0, -1], None, 0]
-    if name == "layers":
-        return [[], None, PARAMS, "x", 3]
-    if name == "threshold":
-        return [*NUMBERS, None, 1, 1.5, -0.1]
-    if name == "value_scale":  # None is no value_scale
-        return [*NUMBERS, 0, -1]
-    if name == "p":
-        return [*NUMBERS, None, 0, -1]
-    if name == "alpha":
-        return [*NUMBERS, None, -1]
-    if name == "d_gate":  # None is no gate
-        return [*WHOLES, 0]
-    if name == "seed":
-        return [*WHOLES, None]
-    return [*WHOLES, None, 0]
+# What else an argument must not be.
+WRONG = {
+    "tokens": [[[0.0]], [[True]], [0, 1], [[5]], [[-1]], None, "x"],
+    "answers": [[0.0, 1.0], [True, True], [0], [0, 4], [0, -1], None, 0],
+    "layers": [[], None, PARAMS, "x", 3],
+    "threshold": [*NUMBERS, None, 1, 1.5, -0.1],
+    "value_scale": [*NUMBERS, 0, -1],  # None is no value_scale
+    "p": [*NUMBERS, None, 0, -1],
+    "alpha": [*NUMBERS, None, -1],
+    "d_gate": [*WHOLES, 0],  # None is no gate
+    "most": [*WHOLES, 0],  # None is no end
+    "seed": [*WHOLES, None],
+}
 
 
 @pytest.mark.parametrize("function, right", [*calls()])
 def test_a_wrong_argument_is_refused_by_name(function, right):
     function(**right)
     for name in right.keys() - {"name", "params"}:
-        for wrong in wrong_values(name, right[name]):
+        is_array = isinstance(right[name], np.ndarray)
+        others = WRONG.get(name, [*WHOLES, None, 0])
+        for wrong in wrong_arrays(right[name]) if is_array else others:
             with pytest.raises(ValueError, match=f"^{name} must (be|have)"):
                 function(**{**right, name: wrong})
 
@@ -1103,17 +1068,11 @@ def test_the_message_tells_what_would_be_right_and_where_it_was_wrong():
     wider = normal_params(sizes={**SIZES, "D": 6})
     message = refused(gatedref.transformer, [PARAMS, wider], [[0]])
     assert re.search(r"^layers\[1\]: .*D = 5 .*layers\[0\]", message)
-    message = refused(gatedref.transformer, [PARAMS], [[0.5]])
-    assert re.match("tokens must be integers, got .*float64", message)
+    assert "float64" in refused(gatedref.transformer, [PARAMS], [[0.5]])
     message = refused(gatedref.transformer, [PARAMS], [[0, 5]])
     assert "[0, 5), got 5 at (0, 1)" in message
     one_nan = np.where(np.arange(5) == 2, NAN, X)
     assert "nan at (0, 0, 2)" in refused(gatedref.attention, UNGATED, one_nan)
-
-    def loss_of(x):
-        return gatedref.loss(PARAMS, x, X, 0.1)["loss"]
-
-    assert "x must be finite" in refused(grad(loss_of), one_nan)
 
 
 @pytest.mark.parametrize(
@@ -1134,18 +1093,13 @@ def test_parameters_with_other_names_are_refused(function, right, other):
         gatedref.transformer([right, None], [[0]])
 
 
+def first_head(scores):
+    return scores[:, :1]
+
+
+@np.errstate(invalid="ignore")  # a logarithm
 def test_an_activation_that_is_none_or_returns_no_gates_is_refused():
-    def logarithm(scores):
-        with np.errstate(invalid="ignore"):
-            return anp.log(scores)
-
-    def is_open(scores):
-        return scores > 0
-
-    def of_first_head(scores):
-        return scores[:, :1]
-
-    for activation in (logarithm, is_open, of_first_head):
+    for activation in (np.log, np.isfinite, first_head):
         message = refused(gatedref.loss, PARAMS, **DATA, activation=activation)
         assert re.match("activation must .*(nan for -|bool|(2, 4, 3, 3))", message)
     for wrong in ("clamp", None, [sigmoid]):
@@ -1173,12 +1127,12 @@ def command(capsys):
     return run
 
 
-def results_in_a_file(dtype=np.float64):
+def results():
     """The right results of every case, by the names that the command reads."""
     arrays = {}
     for case in ALL_CASES:
         for name, array in case.expected.items():
-            arrays[f"{case.name}/{name}"] = array.astype(dtype)
+            arrays[f"{case.name}/{name}"] = array
     return arrays
 
 
@@ -1198,10 +1152,7 @@ def test_write_writes_every_case_to_a_new_file(command, path):
         assert all((written[name] == arrays[name]).all() for name in arrays)
     for told in (path, len(arrays), gatedref.__version__, inputs.hexdigest()):
         assert str(told) in "\n".join(lines)
-    assert os.listdir(path.parent) == [path.name]
 
-
-def test_write_leaves_a_file_that_exists_alone(command, path):
     path.write_text("hours of work")
     status, lines, errors = command("write", path)
     assert (status, lines, str(path) in errors[0]) == (2, [], True)
@@ -1209,29 +1160,28 @@ def test_write_leaves_a_file_that_exists_alone(command, path):
     assert os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_check_passes_right_results_and_tells_type_and_tolerance(command, path, dtype):
-    arrays = results_in_a_file(dtype)
+def test_check_passes_right_results_and_tells_type_and_tolerance(command, path):
+    arrays = as_type(results(), np.float32)
     arrays["dense/loss"] = arrays["dense/loss"].reshape(1)  # as other languages have it
     np.savez(path, **arrays)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("dense/", "")  # as `zip -r` writes a folder
     status, lines, errors = command("check", path)
     assert (status, errors) == (0, [])
-    kind = f"{np.dtype(dtype)}.*{64 * np.finfo(dtype).eps:.1e}"
     for case, line in zip(ALL_CASES, lines[:-1], strict=True):
         n_free = 5 if case.name.startswith("gate_edges") else 0
-        assert re.match(f"{case.name}: {len(case.expected) - n_free} .*{kind}", line)
+        n_compared = len(case.expected) - n_free
+        assert re.match(f"{case.name}: {n_compared} .*float32.*7.6e-06", line)
 
     np.savez(path, **as_type(arrays, np.float64))
-    assert command("check", path)[0] == (dtype == np.float32)
+    assert command("check", path)[0] == 1
     status, lines, _ = command("check", path, "--rtol", "1e-6")
     assert (status, "1.0e-06" in lines[0]) == (0, True)
     assert command("check", path, "--rtol", "2")[0] == 2
 
 
 def test_check_fails_what_is_missing_wrong_or_unknown_by_name(command, path):
-    arrays = results_in_a_file()
+    arrays = results()
     arrays["tiles/z"] = arrays["tiles/z"] + 1e-9
     arrays["desne/z"] = arrays["one_position/zz"] = arrays["dense/z"]
     np.savez(path, **{name: arrays[name] for name in arrays if "gate" not in name})
@@ -1241,10 +1191,6 @@ def test_check_fails_what_is_missing_wrong_or_unknown_by_name(command, path):
     assert re.search(r"\bone_position: .*'zz'", "\n".join(lines))
     wrong = ["one_position", "tiles", "gate_edges", "gate_edges_scaled", "desne"]
     assert re.findall(r"\w+", lines[-1])[-5:] == wrong
-
-    np.savez(path)
-    status, lines, _ = command("check", path)
-    assert (status, len(lines)) == (1, len(ALL_CASES) + 1)
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "torn", "objects"])
@@ -1271,9 +1217,9 @@ def program(*arguments, **options):
     return ended.returncode, ended.stderr
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_a_closed_pipe_ends_quietly_with_the_status_of_the_check(path, status):
-    np.savez(path, **({} if status else results_in_a_file()))
+@pytest.mark.parametrize("arrays, status", [(results(), 0), ({}, 1)])
+def test_a_closed_pipe_ends_quietly_with_the_status_of_the_check(path, arrays, status):
+    np.savez(path, **arrays)
     read, write = os.pipe()
     os.close(read)
     assert program("check", path, stdout=write) == (status, b"")
@@ -1629,17 +1575,6 @@ def test_a_trigram_fires_without_its_A_if_each_holder_leads_by_over_half_as_much
     assert gatedref.fires_without_A(found, *lured) == [False]
     with pytest.raises(ValueError, match="answer 1 "):
         gatedref.fires_without_A(found, complete, [1], complete, [2])
-
-
-def test_the_authors_gated_heads_fire_without_A_in_seven_trigrams_of_twelve():
-    n_fires = 0
-    for setting, (_, n_trigrams) in train.SETTINGS.items():
-        block = published(f"{setting}/gated")
-        task = train.skip_trigram_task(n_trigrams, 2000, seed=0)
-        found = train.verdict(train.writes([block]), [block], task)
-        assert found["apart"]
-        n_fires += found["fires_without_A"]
-    assert n_fires == 7
 
 
 def test_the_heads_of_all_layers_are_seen_in_order():
