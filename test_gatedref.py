@@ -1420,14 +1420,12 @@ def test_a_large_batch_is_differentiated_in_parts_and_makes_the_same_gradient():
     assert_close(gradient, whole, 11)
 
 
-def test_a_seed_makes_the_same_block_again_and_another_seed_another(tmp_path):
+def test_a_seed_makes_the_same_block_again_and_another_seed_another():
     first, _ = train.take_apart(**EXAMPLE)
     other, _ = train.take_apart(**EXAMPLE, seed=1)
     for name in GATED_BLOCK:
         assert (first[name] != other[name]).any()
-    np.save(tmp_path / "target.npy", TARGET)
-    mapped = np.load(tmp_path / "target.npy", mmap_mode="r")
-    for target in (TARGET.tolist(), np.asfortranarray(TARGET), mapped):
+    for target in (TARGET.tolist(), np.asfortranarray(TARGET)):
         again, _ = train.take_apart(ONE_HOT.astype(int), target, 2, recipe=SHORT)
         assert digest(again.values()) == digest(first.values())
 
@@ -1444,7 +1442,7 @@ def test_float32_in_trains_in_float32():
 def test_the_handmade_heads_come_apart():
     task = train.skip_trigram_task(3, 1000, seed=0)
     target = train.written([HANDMADE], task.tokens)
-    recipe = train.RECIPE._replace(steps=300, rate=0.03, alpha=1.0)
+    recipe = train.RECIPE._replace(steps=150, batch=20, rate=0.05, alpha=1.0)
     x = np.eye(8)[task.tokens]
     gated, _ = train.take_apart(x, target, 2, seed=3, recipe=recipe)
     fresh = train.skip_trigram_task(3, 2000, seed=1)
@@ -1495,23 +1493,28 @@ def test_any_residual_stream_can_be_taken_apart():
     x = embedding[rng.integers(6, size=(300, 9))] + positions
     model = gatedref.init_params(2, 12, 3, seed=1)
     target = gatedref.attention(model, x)["attn_out"]
-    recipe = train.RESIDUAL._replace(steps=200, rate=0.02, d_head=3, alpha=0.0)
+    changes = {"expansion": 4, "steps": 150, "rate": 0.03, "d_head": 3, "alpha": 0.0}
+    recipe = train.RESIDUAL._replace(**changes)
     gated, _ = train.take_apart(x, target, 2, recipe=recipe)
-    assert gated["W_Q"].shape == (2 * recipe.expansion, 12, 3)
+    assert gated["W_Q"].shape == (8, 12, 3)
     attn_out = gatedref.gated_attention(gated, x)["attn_out"]
-    assert gatedref.unexplained(attn_out, target) < 0.05
+    assert gatedref.unexplained(attn_out, target) < 0.1
 
 
-def test_recipes_can_be_sent_to_another_process_and_are_those_of_the_stored_rows():
+def test_recipes_and_numbers_of_sequences_are_those_of_the_stored_rows():
     """After a change of one, all rows that were made by it must be computed again."""
     recipes = [train.RECIPE, train.RESIDUAL, train.PUBLISHED, train.TOY]
-    assert pickle.loads(pickle.dumps(recipes)) == recipes
+    assert pickle.loads(pickle.dumps(recipes)) == recipes  # for other processes
     text = json.dumps(common.described(recipes))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c43a5c948d529029"
+    assert train.shortened(train.RECIPE, False) is train.RECIPE
+    tokens, _ = train.record([HANDMADE], 3, seed=0)
+    fresh = train.fresh_task(3, 0, train.n_fresh(False)).tokens
+    assert (tokens.shape, fresh.shape) == ((5000, 11), (10_000, 11))
 
 
 def test_a_toy_learns_its_trigrams():
-    toy = train.train_toy(2, 2, 0, train.TOY._replace(steps=400))
+    toy = train.train_toy(2, 2, 0, train.TOY._replace(steps=250))
     task = train.skip_trigram_task(2, 1000, seed=1)
     found = train.judge_on(train.writes(toy), task)
     assert min(found["accuracy"]) > 0.99
@@ -1606,22 +1609,27 @@ def test_answers_are_due_at_the_only_trigram_and_lures_are_before_any_A():
 # ---- What the method cannot do, and a word model -------------------------------------
 
 
-def assert_kind(kind, in_one_layer, *holders, accuracy=1.0):
-    found = {"shares": [[0.25] * 4] * 2, "holders": [[(0,)], [*holders]]}
+# The kind of two layers of two heads each, of which heads 0 and 1 are in the first; the
+# kind of one layer; the sets that hold the second trigram; how often it is right.
+KINDS = [
+    ("apart", "apart", [(2,)], 1),
+    ("wrong", "wrong", [(2,)], 0.98),
+    ("within one", "shared", [(2, 3)], 1),
+    ("within one", "shared", [(0, 2), (0, 1)], 1),
+    ("within one", "shared", [], 1),
+    ("across", "shared", [(1, 2)], 1),
+    ("across", "shared", [(0, 2), (1, 3)], 0.985),
+]
+
+
+@pytest.mark.parametrize("in_two, in_one, holders, accuracy", KINDS)
+def test_a_trigram_is_across_if_no_heads_of_one_layer_hold_it(
+    in_two, in_one, holders, accuracy
+):
+    found = {"shares": [[0.25] * 4] * 2, "holders": [[(0,)], holders]}
     found["accuracy"] = [1.0, accuracy]
-    assert layers.kind_of(found, 2, least=0.98) == kind
-    assert layers.kind_of(found, 1, least=0.98) == in_one_layer
-
-
-def test_a_trigram_is_across_if_no_heads_of_one_layer_hold_it():
-    """Of two layers with two heads each; heads 0 and 1 are in the first one."""
-    assert_kind("apart", "apart", (2,))
-    assert_kind("wrong", "wrong", (2,), accuracy=0.98)
-    assert_kind("within one", "shared", (2, 3))
-    assert_kind("within one", "shared", (0, 2), (0, 1))
-    assert_kind("within one", "shared")
-    assert_kind("across", "shared", (1, 2))
-    assert_kind("across", "shared", (0, 2), (1, 3), accuracy=0.985)
+    assert layers.kind_of(found, 2, least=0.98) == in_two
+    assert layers.kind_of(found, 1, least=0.98) == in_one
 
 
 def test_errors_of_two_layers_may_cancel_and_their_gates_meet_if_they_count_as_one():
