@@ -291,15 +291,16 @@ def test_the_reference_passes_in_long_double():
         gatedref.assert_matches(case, {**stages, **scalars, "grads": gradient})
 
 
-def test_attention_is_a_gated_block_whose_gates_are_1():
+@pytest.mark.parametrize("value_scale", [{}, {"value_scale": 3}])
+def test_attention_is_a_gated_block_whose_gates_are_1(value_scale):
     params, x = normal_params(), normal("BTD", 1)
     for name in ("W_gate_Q", "W_gate_K"):
         params[name] = np.zeros_like(params[name])
     params["b_gate_Q"] = np.ones((4, 7))
     params["b_gate_K"] = np.full((4, 7), 1 / 7)
-    gated = gatedref.gated_attention({**params, "value_scale": 3}, x)
-    normalised = gatedref.normalised({**params, "value_scale": 3})
-    ungated = {name: normalised.get(name, params[name]) for name in BLOCK}
+    gated = gatedref.gated_attention({**params, **value_scale}, x)
+    ungated = {name: params[name] for name in BLOCK}
+    ungated.update(gatedref.normalised({**params, **value_scale}))
     stages = gatedref.attention(ungated, x)
     assert stages.keys() < gated.keys()
     for name, array in stages.items():
@@ -853,6 +854,13 @@ def test_gradients_are_told_in_the_order_of_a_backward_pass():
     assert re.findall(r"grads/\w+", message_of(case, got)) == order
 
 
+def test_all_gradients_share_a_unit_but_for_the_norms_that_they_are_divided_by():
+    unit = DENSE.unit
+    norm = np.linalg.norm(DENSE.params["W_O"], axis=2, keepdims=True)
+    expected = np.full(norm.shape, unit["grads/b_Q"])
+    assert_close(unit["grads/W_O"] * norm, expected, digits=14)
+
+
 @pytest.mark.parametrize("name", ["grads/W_V", "grads/W_O", "grads/b_V"])
 def test_a_zero_column_whose_gradient_is_huge_is_weighted_and_hides_no_other(name):
     case = CASES["tiny_norms_scaled"]
@@ -1003,14 +1011,19 @@ def calls():
     yield gatedref.loss_and_grad, {"params": PARAMS, **DATA}
     yield gatedref.make_case, {"name": "own", "params": PARAMS, **DATA}
     yield gatedref.lp_penalty, {"gate": GATE, "p": 0.6}
-    yield gatedref.holders, {"result": RESULT, "answers": [0, 1], "threshold": 0.5}
-    yield gatedref.holders, {"result": RESULT, "answers": [0, 1], "most": 1}
     yield gatedref.transformer, {"layers": [PARAMS], "tokens": [[0, 4]]}
     sizes = {"n_heads": 1, "d_model": 2, "d_head": 1}
     yield gatedref.init_params, {**sizes, "d_gate": 1, "seed": 0}
     sizes = {"n_trigrams": 3, "n_sequences": 2, "n_positions": 3}
     yield gatedref.sample_skip_trigrams, {**sizes, "seed": 0}
     yield gatedref.handmade_superposition, {"n_trigrams": 3}
+    yield gatedref.unexplained, {"written": X, "target": X}
+    seen = {"result": RESULT, "answers": [0, 1]}
+    yield gatedref.holders, {**seen, "threshold": 0.5}
+    yield gatedref.judge, {**seen, "output": np.ones((2, 4)), "most": 1}
+    lured = {"result_without_A": RESULT, "lures": [0, 1]}
+    found = {"answers": [], "holders": []}
+    yield gatedref.fires_without_A, {"found": found, **seen, **lured}
     yield gatedref.random_case, {"seed": 0, **ONES, "value_scale": 1}
 
 
@@ -1029,7 +1042,7 @@ def wrong_values(name, right):
         return wrong_arrays(right)
     if name == "tokens":
         return [[[0.0]], [[True]], [0, 1], [[5]], [[-1]], None, "x"]
-    if name == "answers":
+    if name in ("answers", "lures"):
         return [[0.0, 1.0], [True, True], [0], [0, 4], [0, -1], None, 0]
     if name == "layers":
         return [[], None, PARAMS, "x", 3]
@@ -1051,7 +1064,7 @@ def wrong_values(name, right):
 @pytest.mark.parametrize("function, right", [*calls()])
 def test_a_wrong_argument_is_refused_by_name(function, right):
     function(**right)
-    for name in right.keys() - {"name", "params"}:
+    for name in right.keys() - {"name", "params", "found"}:
         for wrong in wrong_values(name, right[name]):
             with pytest.raises(ValueError, match=f"^{name} must (be|have)"):
                 function(**{**right, name: wrong})
@@ -1481,7 +1494,7 @@ def test_take_apart_refuses_by_name():
     assert_refuses("D = 7 (as in x)", x=ONE_HOT[:, :, 1:])
     assert_refuses("target", target=np.ma.masked_less(TARGET, 0))
     assert_refuses("target must be finite", target=TARGET * np.nan)
-    assert_refuses("target", target=np.ones_like(TARGET))
+    assert_refuses("target", target=1e8 + 1e-9 * TARGET)  # no more than rounding
     assert_refuses("overflows", target=TARGET * 1e155)
     assert_refuses("n_heads must be a whole number >= 1", n_heads=0)
     assert_refuses("seed", seed=-1)
@@ -1490,12 +1503,15 @@ def test_take_apart_refuses_by_name():
     assert_refuses("GiB", x=large, target=large)
     assert_refuses("Recipe", recipe=SHORT._asdict())
     assert_refuses("recipe.d_gate", recipe=train.TOY)
-    wrong = {"steps": 50.0, "batch": 0, "rate": -1, "value_scale": 0, "p": 0}
-    wrong.update({"alpha": -1, "alpha_growth": 1.1, "takeovers": 2})
-    wrong.update({"activation": "clamp", "rate_factors": (1, 0)})
-    for name, value in wrong.items():
-        recipe = SHORT._replace(**{name: value})
-        assert_refuses(f"recipe.{name}", recipe=recipe)
+    wrong = {"steps": [50.0], "batch": [0], "rate": [-1], "value_scale": [0], "p": [0]}
+    wrong.update({"alpha": [-1, NAN], "alpha_growth": [1.1, NAN]})
+    wrong.update({"activation": ["clamp"], "takeovers": [2]})
+    for name, values in wrong.items():
+        for value in values:
+            recipe = SHORT._replace(**{name: value})
+            assert_refuses(f"recipe.{name} must", recipe=recipe)
+    recipe = SHORT._replace(rate_factors=(1, 0))
+    assert_refuses("recipe.rate_factors[1] must", recipe=recipe)
     diverging = SHORT._replace(rate=1e300)
     assert_refuses("not finite at step", recipe=diverging)
 
