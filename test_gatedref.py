@@ -1550,6 +1550,13 @@ def test_a_toy_learns_its_trigrams():
     assert min(found["accuracy"]) > 0.99
 
 
+def test_a_toy_will_do_if_it_is_right_and_in_superposition():
+    task = task_of("2H3T")
+    assert train.shows_superposition([published("2H3T/toy")], task)
+    assert not train.shows_superposition([published("2H3T/gated")], task)
+    assert not train.shows_superposition([gatedref.init_params(2, 8, 1)], task)
+
+
 # ---- Verdicts ------------------------------------------------------------------------
 
 
