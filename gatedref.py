@@ -579,9 +579,11 @@ def judge(result, output, answers, *, most=None):
 
     result: [N, H, V], what each head writes at N positions, in the space of the
     answers. Where a model has an unembedding W_U [D, V], that is `result` @ W_U.
-    output: [N, V], the model's logits there: (residual stream before the layer norm +
-    attn_out + output bias) @ W_U, plus the unembedding's bias. answers: integers [N] in
-    [0, V), what it should say. most: see `holders`.
+    output: [N, V], the model's logits there: (the residual stream that attn_out is
+    added to + attn_out + output bias) @ W_U, plus the unembedding's bias. (Where a
+    layer norm stands before the unembedding, give both of them the scale that it has
+    there on the whole stream.) answers: integers [N] in [0, V), what it should say.
+    most: see `holders`.
 
     What heads hold is judged by what they write, without the residual stream. So where
     that, or a bias, supplies a part of the answer, not even all heads together hold it,
@@ -789,7 +791,8 @@ def _mean_lead(result, answer):
 #
 #     JAX               grads, got = jax.jit(jax.grad(loss, has_aux=True))(
 #                           {**case.params, "x": case.x}), where loss is a function of
-#                       this dict that returns got["loss"], got. On a GPU set
+#                       this dict that returns got["loss"], got. Without
+#                       jax_enable_x64 this is float32. On a GPU set
 #                       jax_default_matmul_precision to "highest".
 #     Layouts           W_V is [H, D, K], W_O [H, K, D]. Rearrange fused weights inside
 #                       your block, so that gradients come back in this layout.
