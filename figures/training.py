@@ -85,7 +85,7 @@ def draw_curves(path, curves, recipe):
 def draw_film(path, frames, curves, recipe):
     """The frames as a GIF; the last one stays for half as long as the rest takes."""
     with common.plain_matplotlib():
-        from matplotlib.animation import FuncAnimation, PillowWriter
+        from matplotlib.animation import PillowWriter
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -96,19 +96,18 @@ def draw_film(path, frames, curves, recipe):
         # By the trigram that a head does most of, then by how much it does there.
         order = np.lexsort((-last.max(axis=1), last.argmax(axis=1)))
 
-        def draw_frame(number):
-            done, shares = frames[min(number, len(frames) - 1)]
-            ax_heads.clear()
-            ax_curves.clear()
-            draw_shares(ax_heads, shares, order)
-            n_steps = round(done * recipe.steps)
-            plot_curves(ax_curves, curves, recipe, n_steps)
-            ax_curves.legend(loc="upper right")
-            figure.suptitle(f"{KEY} comes apart: step {n_steps} of {recipe.steps}")
-
-        film = FuncAnimation(figure, draw_frame, frames=len(frames) * 3 // 2)
-        with common.beside(path) as part:
-            film.save(part, writer=PillowWriter(fps=10), dpi=80)
+        film = PillowWriter(fps=10)
+        held = [frames[-1]] * (len(frames) // 2)
+        with common.beside(path) as part, film.saving(figure, part, dpi=80):
+            for done, shares in [*frames, *held]:
+                ax_heads.clear()
+                ax_curves.clear()
+                draw_shares(ax_heads, shares, order)
+                n_steps = round(done * recipe.steps)
+                plot_curves(ax_curves, curves, recipe, n_steps)
+                ax_curves.legend(loc="upper right")
+                figure.suptitle(f"{KEY} comes apart: step {n_steps} of {recipe.steps}")
+                film.grab_frame()
 
 
 def draw_shares(ax, shares, order):
