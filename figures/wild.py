@@ -142,7 +142,8 @@ def text_of(path=None):
     found = re.findall(r"[^\W\d_]+|\S", content.lower())
     commonest = [word for word, _ in Counter(found).most_common(V - 1)]
     number_of = {word: number for number, word in enumerate(commonest, 1)}
-    tokens = np.array([number_of.get(word, 0) for word in found], dtype=int)
+    numbers = (number_of.get(word, 0) for word in found)
+    tokens = np.fromiter(numbers, dtype=int)
     tokens = tokens[: len(tokens) // T * T].reshape(-1, T)
     if len(tokens) < 500 or len(commonest) < V - 1:
         raise SystemExit(
