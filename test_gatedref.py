@@ -25,7 +25,16 @@ from autograd.tracer import getval
 
 import gatedref
 import train
-from figures import before_after, common, layers, overlap, sources, wild
+from figures import (
+    ablations,
+    before_after,
+    common,
+    layers,
+    overlap,
+    price,
+    sources,
+    wild,
+)
 from gatedref import BLOCK, GATED_BLOCK
 
 # Matplotlib 3.9 calls pyparsing by names that the newest pyparsing deprecates.
@@ -1537,8 +1546,10 @@ def test_recipes_and_numbers_of_sequences_are_those_of_the_stored_rows():
     """After a change of one, all rows that were made by it must be computed again."""
     recipes = [train.RECIPE, train.RESIDUAL, train.PUBLISHED, train.TOY]
     assert pickle.loads(pickle.dumps(recipes)) == recipes  # for other processes
-    text = json.dumps(common.described(recipes))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c43a5c948d529029"
+    recipes += [price.RECIPES, price.TOYS, ablations.CHANGES, layers.RECIPES]
+    recipes += [overlap.RECIPE, overlap.VARIANTS, sources.RECIPE, sources.PENALTIES]
+    text = json.dumps(common.described([*recipes, wild.MODEL, wild.GATED]))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "62c94a05781bcf33"
     assert train.shortened(train.RECIPE, False) is train.RECIPE
     tokens, _ = train.record([HANDMADE], 3, seed=0)
     fresh = train.fresh_task(3, 0, train.n_fresh(False)).tokens
