@@ -1922,6 +1922,7 @@ def test_a_wrong_option_or_folder_is_known_before_training(capsys):
             train.main(arguments)
         assert stop.value.code == 2
         assert "train.py: error: " in capsys.readouterr().err
+    assert train.parse([]).out == common.FIGURES
 
 
 def test_a_file_copied_alone_says_what_it_misses(tmp_path):
