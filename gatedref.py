@@ -796,8 +796,10 @@ def _mean_lead(result, answer):
 #                       jax_default_matmul_precision to "highest".
 #     Layouts           W_V is [H, D, K], W_O [H, K, D]. Rearrange fused weights inside
 #                       your block, so that gradients come back in this layout.
-#     Modules           torch.func.functional_call(module, {**buffers, **params}, (x,),
-#                       strict=True): through load_state_dict no gradients come back.
+#     Modules           torch.func.functional_call(
+#                           module, {**dict(module.named_buffers()), **params}, (x,),
+#                           strict=True). Through load_state_dict no gradients come
+#                       back.
 #     Caches            If a module keeps anything, such as normalised weights, try the
 #                       same one on two cases: random_case(0, **sizes), and 1.
 #     torch.compile     torch.compiler.reset() between cases, or the cache of shapes
