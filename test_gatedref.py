@@ -282,8 +282,12 @@ CLAMP = "np.where(scores < 0, 0.0, np.where(scores > 1, 1.0, scores))"
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.longdouble])
 @pytest.mark.parametrize("clamp", [CLAMP, "np.clip(scores, 0, 1)"])
 def test_every_stage_loss_and_gradient_is_that_of_another_implementation(clamp, dtype):
-    for case in SMALL_CASES if dtype == np.longdouble else ALL_CASES:
-        got = results_of(planted(PORT, CLAMP, clamp), case, dtype)
+    source = planted(PORT, CLAMP, clamp)
+    cases = list(SMALL_CASES)
+    if dtype != np.longdouble:  # which is slow
+        cases += LONG_CASES
+    for case in cases:
+        got = results_of(source, case, dtype)
         assert got["attn_out"].dtype == dtype
         n_compared = len(gatedref.assert_matches(case, got))
         n_free = sum(np.isinf(unit).all() for unit in case.unit.values())
@@ -303,14 +307,14 @@ def test_the_reference_passes_in_long_double():
 
 @pytest.mark.parametrize("value_scale", [{}, {"value_scale": 3}])
 def test_attention_is_a_gated_block_whose_gates_are_1(value_scale):
-    params, x = normal_params(), normal("BTD", 1)
+    params, x = {**normal_params(), **value_scale}, normal("BTD", 1)
     for name in ("W_gate_Q", "W_gate_K"):
         params[name] = np.zeros_like(params[name])
     params["b_gate_Q"] = np.ones((4, 7))
     params["b_gate_K"] = np.full((4, 7), 1 / 7)
-    gated = gatedref.gated_attention({**params, **value_scale}, x)
+    gated = gatedref.gated_attention(params, x)
     ungated = {name: params[name] for name in BLOCK}
-    ungated.update(gatedref.normalised({**params, **value_scale}))
+    ungated.update(gatedref.normalised(params))
     stages = gatedref.attention(ungated, x)
     assert stages.keys() < gated.keys()
     for name, array in stages.items():
@@ -563,7 +567,6 @@ def test_holders_equal_every_set_tried_one_by_one(threshold):
 
 # ---- The authors' models, which nobody here trained: figures/published.npz -----------
 
-# Of trigram 1, 2 and so on: the heads that hold it alone; [] where it is distributed.
 # A model; of trigram 1, 2 and so on: the head that holds it alone, - where none does.
 HOLDERS = """
 2H3T/toy | 1 - 0
@@ -578,9 +581,6 @@ HOLDERS = """
 4H5T/gated_of_manual | 5 4 6 3 0
 """
 
-# A gated block, the toy that it replaces, and how much of that it leaves unexplained.
-# A gated block and the toy that it replaces: how much of that it leaves unexplained,
-# and how many of its trigrams are held by heads that fire without A.
 # A gated block, and the toy that it replaces: how much of that it leaves unexplained,
 # and how many of its trigrams are held by heads that fire without A.
 REPLACED = """
@@ -1018,9 +1018,8 @@ def calls():
     seen = {"result": RESULT, "answers": [0, 1]}
     yield gatedref.holders, {**seen, "threshold": 0.5}
     yield gatedref.judge, {**seen, "output": np.ones((2, 4)), "most": 1}
-    lured = {"result_without_A": RESULT, "lures": [0, 1]}
-    found = {"answers": [], "holders": []}
-    yield gatedref.fires_without_A, {"found": found, **seen, **lured}
+    lured = {**seen, "result_without_A": RESULT, "lures": [0, 1]}
+    yield gatedref.fires_without_A, {**lured, "found": {"answers": [], "holders": []}}
     yield gatedref.random_case, {"seed": 0, **ONES, "value_scale": 1}
 
 
@@ -1092,11 +1091,17 @@ def test_the_message_tells_what_would_be_right_and_where_it_was_wrong():
     wider = normal_params(sizes={**SIZES, "D": 6})
     message = refused(gatedref.transformer, [PARAMS, wider], [[0]])
     assert re.search(r"^layers\[1\]: .*D = 5 .*layers\[0\]", message)
-    assert "float64" in refused(gatedref.transformer, [PARAMS], [[0.5]])
+    message = refused(gatedref.transformer, [PARAMS], [[0.5]])
+    assert re.match("tokens must be integers, got .*float64", message)
     message = refused(gatedref.transformer, [PARAMS], [[0, 5]])
     assert "[0, 5), got 5 at (0, 1)" in message
     one_nan = np.where(np.arange(5) == 2, NAN, X)
     assert "nan at (0, 0, 2)" in refused(gatedref.attention, UNGATED, one_nan)
+
+    def loss_of(x):
+        return gatedref.loss(PARAMS, x, X, 0.1)["loss"]
+
+    assert "x must be finite" in refused(grad(loss_of), one_nan)
 
 
 def test_parameters_with_other_names_are_refused():
@@ -1211,6 +1216,10 @@ def test_check_fails_what_is_missing_wrong_or_unknown_by_name(command, path):
     assert re.search(r"\bone_position: .*'zz'", "\n".join(lines))
     wrong = ["one_position", "tiles", "gate_edges", "gate_edges_scaled", "desne"]
     assert re.findall(r"\w+", lines[-1])[-5:] == wrong
+
+    np.savez(path)
+    status, lines, _ = command("check", path)
+    assert (status, len(lines)) == (1, len(ALL_CASES) + 1)
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "torn", "objects"])
@@ -1525,7 +1534,7 @@ def test_any_residual_stream_can_be_taken_apart():
     gated, _ = train.take_apart(x, target, 2, recipe=recipe)
     assert gated["W_Q"].shape == (8, 12, 3)
     attn_out = gatedref.gated_attention(gated, x)["attn_out"]
-    assert gatedref.unexplained(attn_out, target) < 0.1
+    assert gatedref.unexplained(attn_out, target) < 0.05
 
 
 def test_recipes_and_numbers_of_sequences_are_those_of_the_stored_rows():
@@ -1536,8 +1545,10 @@ def test_recipes_and_numbers_of_sequences_are_those_of_the_stored_rows():
     recipes += [layers.RECIPES, layers.TOYS, wild.SHAPES, wild.MODEL, wild.GATED]
     recipes += [overlap.RECIPE, overlap.VARIANTS, sources.RECIPE, sources.PENALTIES]
     text = json.dumps(common.described(recipes))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1b69a4a7e15523ce"
+    assert digest([np.frombuffer(text.encode(), "u1")]) == "1b69a4a7e15523ce"
     assert train.shortened(train.RECIPE, False) is train.RECIPE
+    keys = [f"{n_heads}H{n}T" for n_heads, n in train.SETTINGS.values()]
+    assert list(train.SETTINGS) == keys
     tokens, _ = train.record([HANDMADE], 3, seed=0)
     fresh = train.fresh_task(3, 0, train.n_fresh(False)).tokens
     assert (tokens.shape, fresh.shape) == ((5000, 11), (10_000, 11))
@@ -1646,8 +1657,6 @@ def test_answers_are_due_at_the_only_trigram_and_lures_are_before_any_A():
 # ---- What the method cannot do, and a word model -------------------------------------
 
 
-# The kind of two layers of two heads each, of which heads 0 and 1 are in the first; the
-# kind of one layer; the sets that hold the second trigram; how often it is right.
 def assert_kind(kind, in_one_layer, *holders, accuracy=1.0):
     found = {"shares": [[0.25] * 4] * 2, "holders": [[(0,)], [*holders]]}
     found["accuracy"] = [1.0, accuracy]
@@ -1906,8 +1915,7 @@ def test_a_quick_run_writes_every_file_whatever_the_users_settings_are(tmp_path)
     names = {path.name for path in out.iterdir()}
     assert names == {"main.json", "blocks.npz", "before_after.png", "gates.png"}
     rows = rows_in(out, "main")
-    keys = [f"{n_heads}H{n}T" for n_heads, n in train.SETTINGS.values()]
-    assert [row["key"] for row in rows] == list(train.SETTINGS) == keys
+    assert [row["key"] for row in rows] == list(train.SETTINGS)
     assert [row["seed"] for row in rows] == [0, 0, 0]
     assert b"| 4H5T | " in done.stdout
     gated = arrays_in(out, "3H4T/gated/")
@@ -1950,16 +1958,26 @@ def test_a_trigram_that_changed_hands_is_told_in_a_sentence():
     assert before_after.changes_of_hands(row) == [sentence]
 
 
-@pytest.mark.parametrize(
-    "option", ["", "--seeds 20", "--seeds 5", "--first 1", "--quick"]
-)
-def test_only_a_run_of_all_seeds_writes_what_the_pages_tell_of(option, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["price", *option.split()])
-    options = common.parse("What does separation cost?", n_seeds=20)
-    assert options.is_whole == (option in ("", "--seeds 20"))
-    assert options.out == (common.FIGURES if options.is_whole else common.SCRATCH)
-    monkeypatch.setattr(sys, "argv", ["training"])
-    assert common.parse("How does a block come apart?").is_whole
+# How many seeds the page of a script has, its options, and whether that is all of them.
+RUNS = [
+    (20, "", True),
+    (20, "--seeds 20", True),
+    (20, "--seeds 5", False),
+    (20, "--first 1", False),
+    (20, "--quick", False),
+    (None, "", True),
+    (None, "--quick", False),
+]
+
+
+@pytest.mark.parametrize("n_seeds, arguments, is_whole", RUNS)
+def test_only_a_whole_run_writes_what_the_pages_tell_of(
+    n_seeds, arguments, is_whole, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["price", *arguments.split()])
+    options = common.parse("What does it cost?", n_seeds)
+    assert options.is_whole == is_whole
+    assert options.out == (common.FIGURES if is_whole else common.SCRATCH)
 
 
 def test_a_run_goes_on_from_whole_rows_of_the_same_recipe(tmp_path, monkeypatch):

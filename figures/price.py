@@ -33,8 +33,9 @@ DEFAULT = f"alpha {train.RECIPE.alpha:g}"
 BY_SIZE = "alpha V / 4"
 RECIPES = dict.fromkeys(SETTINGS, train.RECIPE)
 RECIPES[BIGGEST] = train.RECIPE._replace(steps=3200)
+TOYS = dict.fromkeys(SETTINGS, train.TOY)
 # At the usual rate hardly a toy of that size learns all its trigrams.
-TOYS = {**dict.fromkeys(SETTINGS, train.TOY), BIGGEST: train.TOY._replace(rate=0.02)}
+TOYS[BIGGEST] = train.TOY._replace(rate=0.02)
 LINES = {
     "2H3T": {"color": "#0072B2", "marker": "o"},
     "3H4T": {"color": "#D55E00", "marker": "s"},

@@ -92,15 +92,11 @@ def draw_film(path, frames, curves, recipe):
         figure = Figure((7, 4), layout="constrained")
         FigureCanvasAgg(figure)
         ax_heads, ax_curves = figure.subplots(1, 2)
-        last = frames[-1][1]
-        # By the trigram that a head does most of, then by how much it does there.
-        order = np.lexsort((-last.max(axis=1), last.argmax(axis=1)))
-
+        order = order_of(frames[-1][1])
         film = PillowWriter(fps=10)
         held = [frames[-1]] * (len(frames) // 2)
         with common.beside(path) as part, film.saving(figure, part, dpi=80):
             for done, shares in [*frames, *held]:
-                ax_heads.clear()
                 ax_curves.clear()
                 draw_shares(ax_heads, shares, order)
                 n_steps = round(done * recipe.steps)
@@ -110,7 +106,13 @@ def draw_film(path, frames, curves, recipe):
                 film.grab_frame()
 
 
+def order_of(shares):
+    """The heads, by the trigram that each does most of, then by how much it does."""
+    return np.lexsort((-shares.max(axis=1), shares.argmax(axis=1)))
+
+
 def draw_shares(ax, shares, order):
+    ax.clear()
     n = shares.shape[1]
     ax.pcolormesh(shares[order], cmap="Greys", vmin=0, vmax=1, edgecolor="0.85")
     ax.set_xticks(np.arange(n) + 0.5, [f"B{i + 1}" for i in range(n)])

@@ -130,15 +130,7 @@ Text = namedtuple("Text", "name words train held_out")
 @lru_cache(maxsize=1)
 def text_of(path=None):
     """The text in a file of UTF-8, or else the reference pages of this Python."""
-    name = f"pydoc_data.topics of Python {platform.python_version()}"
-    content = "\n".join(topics[topic] for topic in sorted(topics))
-    if path is not None:
-        name = Path(path).name
-        try:
-            content = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise SystemExit(f"wild: cannot read {path}: {problem}") from None
-
+    name, content = named_content(path)
     found = re.findall(r"[^\W\d_]+|\S", content.lower())
     commonest = [word for word, _ in Counter(found).most_common(V - 1)]
     number_of = {word: number for number, word in enumerate(commonest, 1)}
@@ -155,6 +147,17 @@ def text_of(path=None):
     n_held_out = len(tokens) // 10
     words = (UNKNOWN, *commonest)
     return Text(name, words, tokens[n_held_out:], tokens[:n_held_out])
+
+
+def named_content(path):
+    """What the pages call a text, and all of it."""
+    if path is None:
+        name = f"pydoc_data.topics of Python {platform.python_version()}"
+        return name, "\n".join(topics[topic] for topic in sorted(topics))
+    try:
+        return Path(path).name, Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise SystemExit(f"wild: cannot read {path}: {problem}") from None
 
 
 # ---- The word model ------------------------------------------------------------------
@@ -351,16 +354,16 @@ def measures_of(seen, model, tokens):
     recovered = (worst - loss) / (worst - best)
     heads_used = effective_number(np.sum(seen.by_key, axis=1))
     total, largest, n_heads = seen.pairs
-    return {
-        "unexplained": gatedref.unexplained(seen.attn_out, target),
-        "recovered": float(recovered),
-        "pair_share": float(largest / total),
-        "heads_a_pair": float(n_heads / total),
-        "words_a_head": mean_number(seen.by_key),
-        "heads_used": float(heads_used),
-        "words_hurt": mean_number(seen.rises),
-        "loss": float(loss),
-    }
+
+    row = {"unexplained": gatedref.unexplained(seen.attn_out, target)}
+    row["recovered"] = float(recovered)
+    row["pair_share"] = float(largest / total)
+    row["heads_a_pair"] = float(n_heads / total)
+    row["words_a_head"] = mean_number(seen.by_key)
+    row["heads_used"] = float(heads_used)
+    row["words_hurt"] = mean_number(seen.rises)
+    row["loss"] = float(loss)
+    return row
 
 
 def heads_of(seen, model, words):
